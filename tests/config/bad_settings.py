@@ -1,0 +1,205 @@
+"""Bad inputs that can be told from the overrides, or from the recipe by itself."""
+
+from __future__ import annotations
+
+from bad_input_form import BadInput
+
+# Overrides as such: names, forms, types, bounds.
+OVERRIDES = [
+    BadInput(
+        "unknown setting",
+        "mesh.tensr", "2", "not a known setting", "settings of mesh: data, fsdp,",
+        "mesh.tensor (did you mean",
+        ("mesh.tensr=2",), mended=("mesh.tensor=2",),
+    ),
+    BadInput(
+        "unknown section",
+        "optimizer.learning_rate", "1", "not a known setting", "sections: model, data,",
+        "optim.learning_rate",
+        ("optimizer.learning_rate=1",), mended=("optim.learning_rate=1",),
+    ),
+    BadInput(
+        "setting without its section",
+        "max_steps", "7", "not a known setting", "and name, topology,", "schedule.max_steps",
+        ("max_steps=7",), mended=("schedule.max_steps=7",),
+    ),
+    BadInput(
+        "initials",
+        "optim.lr", "1e-3", "not a known setting", "settings of optim: learning_rate,", "optim.learning_rate",
+        ("optim.lr=1e-3",), mended=("optim.learning_rate=1e-3",),
+    ),
+    BadInput(
+        "setting in another section",
+        "data.tensor", "2", "not a known setting", "settings of data: path,", "mesh.tensor",
+        ("data.tensor=2",), mended=("mesh.tensor=2",),
+    ),
+    BadInput(
+        "name like nothing",
+        "zzz.qqq", "2", "not a known setting", "sections: model,", "--help",
+        ("zzz.qqq=2",),
+    ),
+    BadInput(
+        "section as setting",
+        "mesh", "4x2", "is a section, not a setting", "settings of mesh: data,", "mesh.data=",
+        ("mesh=4x2",), mended=("mesh.data=1",),
+    ),
+    BadInput(
+        "no equals sign",
+        "argument", "--mesh.tensor", "key=value", "no '='", "mesh.tensor=value",
+        ("--mesh.tensor",), mended=("mesh.tensor=2",),
+    ),
+    BadInput(
+        "given twice",
+        "mesh.tensor", "4", "given twice", "mesh.tensor=2", "mesh.tensor=4 once",
+        ("mesh.tensor=2", "mesh.tensor=4"), mended=("mesh.tensor=4",),
+    ),
+    BadInput(
+        "empty value",
+        "data.path", "", "must not be empty", "type: text", "data.path=VALUE",
+        ("data.path=",), mended=("data.path=other.jsonl",),
+    ),
+    BadInput(
+        "not a whole number",
+        "data.seq_len", "long", "must be a whole number", "type: whole number, at least 2", "256",
+        ("data.seq_len=long",), mended=("data.seq_len=256",),
+    ),
+    BadInput(
+        "whole number in float form",
+        "schedule.max_steps", "1e3", "must be a whole number", "whole number or none, at least 1", "1000",
+        ("schedule.max_steps=1e3",), mended=("schedule.max_steps=1000",),
+    ),
+    BadInput(
+        "below its bound",
+        "optim.accumulation", "0", "must be at least 1", "smallest: 1", "1 or more",
+        ("optim.accumulation=0",), mended=("optim.accumulation=1",),
+    ),
+    BadInput(
+        "not under its bound",
+        "optim.beta2", "1", "must be below 1", "must stay under: 1", "0.95",
+        ("optim.beta2=1",), mended=("optim.beta2=0.95",),
+    ),
+    BadInput(
+        "above its bound",
+        "schedule.final_ratio", "1.5", "must be at most 1", "largest: 1", "1 or less",
+        ("schedule.final_ratio=1.5",), mended=("schedule.final_ratio=1",),
+    ),
+    BadInput(
+        "not finite",
+        "optim.learning_rate", "nan", "must be a finite number", "type: number", "2e-05",
+        ("optim.learning_rate=nan",), mended=("optim.learning_rate=2e-05",),
+    ),
+    BadInput(
+        "not a choice",
+        "remat.policy", "ful", "must be one of its choices", "choices: none, full", "full",
+        ("remat.policy=ful",), mended=("remat.policy=full",),
+    ),
+    BadInput(
+        "not true or false",
+        "export.enabled", "maybe", "must be true or false", "type: true or false", "true",
+        ("export.enabled=maybe",), mended=("export.enabled=true",),
+    ),
+    BadInput(
+        "model field without fields",
+        "model.config.vocab_size", "9", "needs an architecture given by its fields",
+        "model.config=pretrained",
+        "model.config=PATH",
+        ("model.config=pretrained", "model.config.vocab_size=9"),
+    ),
+    BadInput(
+        "field of a field that is not there",
+        "model.config.rope_scaling.factor", "8", "needs model.config.rope_scaling to have fields",
+        "model.config.rope_scaling=null", "as JSON",
+        ("model.config.rope_scaling.factor=8",),
+        mended=('model.config.rope_scaling={"rope_type": "linear", "factor": 8}',),
+    ),
+]  # fmt: skip
+
+# The recipe by itself.
+RECIPES = [
+    BadInput(
+        "neither epochs nor max_steps",
+        "schedule.epochs, schedule.max_steps", "none and none", "exactly one of the two", "neither is given",
+        "schedule.epochs=1 or",
+        ("schedule.max_steps=none",), mended=("schedule.max_steps=none", "schedule.epochs=1"),
+    ),
+    BadInput(
+        "both epochs and max_steps",
+        "schedule.epochs, schedule.max_steps", "2.5 and 40", "exactly one of the two", "both are given",
+        "none",
+        ("schedule.epochs=2.5",), mended=("schedule.epochs=2.5", "schedule.max_steps=none"),
+    ),
+    BadInput(
+        "warm-up longer than the run",
+        "schedule.warmup_steps", 40, "must be less than the steps", "schedule.max_steps=40", "39 or less",
+        ("schedule.warmup_steps=40",), mended=("schedule.warmup_steps=39",),
+    ),
+    BadInput(
+        "no checkpoint to take the tokenizer from",
+        "model.tokenizer", "pretrained", "needs a checkpoint", "model.pretrained=none", "train",
+        ("model.tokenizer=pretrained",), mended=("model.tokenizer=train",),
+    ),
+    BadInput(
+        "new tokenizer for trained weights",
+        "model.tokenizer", "train", "new token ids", "model.pretrained=my/model", "pretrained",
+        ("model.pretrained=my/model",), mended=("model.pretrained=my/model", "model.tokenizer=pretrained"),
+    ),
+    BadInput(
+        "vocabulary below the bytes",
+        "model.config.vocab_size", 200, "too small for a byte-level tokenizer", "256 bytes", "259 or more",
+        ("model.config.vocab_size=200",), mended=("model.config.vocab_size=259",),
+    ),
+    BadInput(
+        "unknown builtin data",
+        "data.path", "builtin:word_problem", "not a known builtin data set", "builtin:word_problems",
+        "'builtin:word_problems'",
+        ("data.path=builtin:word_problem",), mended=("data.path=builtin:word_problems",),
+    ),
+    BadInput(
+        "evaluation without records",
+        "eval.problems", 9, "needs held-out records", "eval.path=none", "eval.path=FILE",
+        ("eval.problems=9",), mended=("eval.problems=9", "eval.path=test.jsonl"),
+    ),
+    BadInput(
+        "no room for the prompt",
+        "eval.max_new_tokens", 512, "must leave room for the prompt", "max_position_embeddings=512",
+        "511 or less",
+        ("eval.problems=9", "eval.path=test.jsonl", "eval.max_new_tokens=512"),
+        mended=("eval.problems=9", "eval.path=test.jsonl", "eval.max_new_tokens=511"),
+    ),
+    BadInput(
+        "resume is neither word nor number",
+        "resume", "atuo", "must be one of its choices", "never, auto, or the number of a step", "auto",
+        ("resume=atuo",), mended=("resume=auto",),
+    ),
+    BadInput(
+        "name that is no folder name",
+        "name", "my run/1", "usable as the name of a folder", "letters, digits", "my_run_1",
+        ("name=my run/1",), mended=("name=my_run_1",),
+    ),
+    BadInput(
+        "float64 on XLA",
+        "precision.compute", "float64", "needs the plain PyTorch backend", "backend=xla", "backend=torch",
+        ("precision.compute=float64", "precision.master=float64"), problems=2,
+        mended=("precision.compute=float64", "precision.master=float64", "backend=torch", "topology=cpu-1"),
+    ),
+    BadInput(
+        "master format wider than compute",
+        "precision.master", "float64", "gains nothing over a narrower compute", "precision.compute=bfloat16",
+        "precision.compute=float64",
+        ("precision.master=float64", "backend=torch", "topology=cpu-1"),
+        mended=("precision.master=float64", "precision.compute=float64", "backend=torch", "topology=cpu-1"),
+    ),
+    BadInput(
+        "compute format wider than master",
+        "precision.compute", "float64", "gains nothing over narrower stored", "precision.master=float32",
+        "precision.master=float64",
+        ("precision.compute=float64", "backend=torch", "topology=cpu-1"),
+        mended=("precision.compute=float32", "backend=torch", "topology=cpu-1"),
+    ),
+    BadInput(
+        "rows longer than the model's positions",
+        "data.seq_len", 1024, "must not exceed the model's positions", "max_position_embeddings=512",
+        "512 or less",
+        ("data.seq_len=1024",), mended=("data.seq_len=512",),
+    ),
+]  # fmt: skip

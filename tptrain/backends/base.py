@@ -1,0 +1,197 @@
+"""What training asks of a backend, and how a backend stores the rows of the parameter table.
+
+Outside a backend a tensor of the state is addressed by its name in the parameter table. Inside, a backend
+keeps buffers: the XLA backend stacks the same matrix of all layers into one buffer for its scan over
+layers, the torch backend keeps every row by itself. `Layout` is the invertible map between the two.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from tptrain.family.table import ParamRow, stored_rows
+from tptrain.mesh import Spec
+from tptrain.models.decoder import Decoder
+
+TORCH_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+Tensors = dict[str, torch.Tensor]
+
+_LAYER_NAME = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One tensor of a backend: a single row, or the same row of several layers stacked in front.
+
+    rows:    the rows it stores, in order of their index in the buffer.
+    stacked: whether the buffer has a leading layer dim (also when that dim is 1).
+    spec:    one entry per dim of the buffer; the layer dim is never split.
+    """
+
+    name: str
+    rows: tuple[ParamRow, ...]
+    stacked: bool
+    spec: Spec
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        row_shape = self.rows[0].padded_size
+        return (len(self.rows), *row_shape) if self.stacked else row_shape
+
+    @property
+    def row_spec(self) -> Spec:
+        return self.spec[1:] if self.stacked else self.spec
+
+    @property
+    def decay(self) -> bool:
+        return self.rows[0].decay
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self.rows[0].storage_dtype]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Layout:
+    """Row name -> (buffer, index), and back. `buffers` is in the order of the model's forward pass."""
+
+    def __init__(self, buffers: Sequence[Buffer]):
+        self.buffers = {buffer.name: buffer for buffer in buffers}
+        self.index = {row.name: (buffer.name, i) for buffer in buffers for i, row in enumerate(buffer.rows)}
+
+    @staticmethod
+    def plain(table: Sequence[ParamRow], specs: Mapping[str, Spec]) -> Layout:
+        """One buffer per stored row, under the row's own name."""
+        return Layout([Buffer(row.name, (row,), False, specs[row.name]) for row in stored_rows(table)])
+
+    @staticmethod
+    def stacked(table: Sequence[ParamRow], specs: Mapping[str, Spec], period: int) -> Layout:
+        """Layers stacked for a scan: layer i lies at index i // period of the buffers of position i % period."""
+        groups: dict[str, list[ParamRow]] = {}
+        for row in stored_rows(table):
+            match = _LAYER_NAME.match(row.name)
+            key = f"model.layers.period.{int(match[1]) % period}.{match[2]}" if match else row.name
+            groups.setdefault(key, []).append(row)
+        buffers = []
+        for name, rows in groups.items():
+            in_layers = name.startswith("model.layers.period.")
+            spec = specs[rows[0].name]
+            buffers.append(Buffer(name, tuple(rows), in_layers, ((), *spec) if in_layers else spec))
+        return Layout(buffers)
+
+
+@dataclass(frozen=True)
+class HostShards:
+    """One row of the table in host memory, as the pieces that this process's devices hold.
+
+    shape:  the row's padded size.
+    spec:   how the mesh splits it.
+    shards: mesh position (row-major over AXES) -> CPU tensor, for every device of this process.
+    """
+
+    shape: tuple[int, ...]
+    spec: Spec
+    shards: Mapping[int, torch.Tensor]
+
+
+class TensorSource(Protocol):
+    """Where weights come from: safetensors files, a checkpoint, or a random generator."""
+
+    def read(self, row: ParamRow, index: tuple[slice, ...]) -> torch.Tensor:
+        """The slice `index` (within `row.size`, unpadded) of a row, as a CPU tensor of any float dtype."""
+        ...
+
+
+# A pure function (state, inputs) -> (state, outputs); all four are flat dicts of tensors.
+StepFunction = Callable[[Tensors, Tensors], tuple[Tensors, Tensors]]
+
+
+class CompiledStep(Protocol):
+    """A step function bound to a backend: compiled once on the first shapes it was made with."""
+
+    def __call__(self, state: Tensors, inputs: Tensors) -> tuple[Tensors, Tensors]:
+        """Run it. The buffers of `state` are donated: they must not be used afterwards."""
+        ...
+
+
+class Backend(Protocol):
+    """Devices, buffers and compiled functions behind one interface."""
+
+    layout: Layout
+
+    def decoder(self) -> Decoder:
+        """The model as this backend runs it; its parameters carry the names of the layout's buffers."""
+        ...
+
+    def place(self, source: TensorSource) -> Tensors:
+        """Read every buffer from `source`, each device's slice onto that device."""
+        ...
+
+    def zeros(self) -> Tensors:
+        """A zero buffer beside each parameter buffer, split alike (optimizer state)."""
+        ...
+
+    def put_batch(self, batch: Mapping[str, Any]) -> Tensors:
+        """numpy arrays `[accumulation, rows, tokens]` -> device tensors, rows split over the mesh."""
+        ...
+
+    def put_scalars(self, values: Mapping[str, float]) -> Tensors:
+        """Numbers -> device scalars of the master dtype, replicated."""
+        ...
+
+    def put_constant(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A host tensor -> a device tensor, replicated."""
+        ...
+
+    def make_caches(self, rows: int, length: int, dtype: torch.dtype) -> Tensors:
+        """Empty key-value caches, named `key.<i>` and `value.<i>` in the order the decoder takes them."""
+        ...
+
+    def compile_step(
+        self, function: StepFunction, state: Tensors, inputs: Tensors, specs: Mapping[str, Spec]
+    ) -> CompiledStep:
+        """Capture `function` once on arguments of these shapes; every later call replays it.
+
+        specs: state name -> spec of that tensor, before the step and after it.
+        """
+        ...
+
+    def host_shards(self, tensors: Tensors) -> dict[str, HostShards]:
+        """Buffers -> rows by table name, as private host copies of the shards this process holds."""
+        ...
+
+    def restore_shards(self, rows: Mapping[str, HostShards]) -> Tensors:
+        """The inverse of `host_shards`: rows by table name -> buffers on the devices."""
+        ...
+
+    def fetch_scalars(self, outputs: Tensors) -> dict[str, float]:
+        """Scalars of a step as Python numbers; waits for that step."""
+        ...
+
+    def fetch_rows(self, tensor: torch.Tensor) -> np.ndarray:
+        """A small result as a whole: [rows, ...] on the host."""
+        ...
+
+    def compile_count(self) -> int:
+        """Programs compiled by this process so far; 0 where nothing is compiled."""
+        ...
+
+    def sync(self) -> None:
+        """Wait until every device has finished."""
+        ...

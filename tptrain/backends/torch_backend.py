@@ -1,0 +1,108 @@
+"""The plain-PyTorch backend: one CPU device, no mesh, no compiler. The oracle for the other one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from tptrain.backends.base import TORCH_DTYPES, HostShards, Layout, StepFunction, Tensors, TensorSource
+from tptrain.backends.shards import read_buffer_shards, split_rows, stack_rows
+from tptrain.config.plan import Plan
+from tptrain.mesh import Spec
+from tptrain.models.attention import KVCache
+from tptrain.models.decoder import Decoder, LayerContext, LayerList
+
+
+class CheckpointedLayers(LayerList):
+    """Layers whose insides are computed again in the backward pass."""
+
+    def forward(
+        self, x: torch.Tensor, context: LayerContext, caches: Sequence[KVCache] | None = None
+    ) -> tuple[torch.Tensor, list[KVCache]]:
+        if caches is not None:
+            return super().forward(x, context, caches)
+        for layer in self:
+            x = checkpoint(lambda x, layer=layer: layer(x, context)[0], x, use_reentrant=False)
+        return x, []
+
+
+class EagerStep:
+    """A step function run as it is; its new state takes the place of the old one."""
+
+    def __init__(self, function: StepFunction):
+        self._function = function
+
+    def __call__(self, state: Tensors, inputs: Tensors) -> tuple[Tensors, Tensors]:
+        return self._function(state, inputs)
+
+
+class TorchBackend:
+    """Every row of the parameter table as a tensor of its own on the CPU."""
+
+    def __init__(self, plan: Plan):
+        assert plan.num_devices == 1, "the torch backend runs on one device"
+        self.plan = plan
+        self.layout = Layout.plain(plan.table, plan.specs)
+
+    def decoder(self) -> Decoder:
+        with torch.device("meta"):
+            decoder = Decoder(self.plan.facts, self.plan.padded_vocab)
+        if self.plan.recipe.remat.policy == "full":
+            decoder.model.layers = CheckpointedLayers(decoder.model.layers)
+        return decoder
+
+    def place(self, source: TensorSource) -> Tensors:
+        placed = {}
+        for name, buffer in self.layout.buffers.items():
+            whole = tuple(slice(0, n) for n in buffer.shape)
+            placed[name] = read_buffer_shards(buffer, {0: whole}, source)[0]
+        return placed
+
+    def zeros(self) -> Tensors:
+        return {name: torch.zeros(b.shape, dtype=b.dtype) for name, b in self.layout.buffers.items()}
+
+    def put_batch(self, batch: Mapping[str, Any]) -> Tensors:
+        return {name: torch.from_numpy(np.asarray(array)) for name, array in batch.items()}
+
+    def put_scalars(self, values: Mapping[str, float]) -> Tensors:
+        dtype = TORCH_DTYPES[self.plan.recipe.precision.master]
+        return {name: torch.tensor(value, dtype=dtype) for name, value in values.items()}
+
+    def put_constant(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def make_caches(self, rows: int, length: int, dtype: torch.dtype) -> Tensors:
+        facts = self.plan.facts
+        shape = (rows, length, facts.num_key_value_heads, facts.head_dim)
+        names = [f"{part}.{i}" for i in range(facts.num_hidden_layers) for part in ("key", "value")]
+        return {name: torch.zeros(shape, dtype=dtype) for name in names}
+
+    def compile_step(
+        self, function: StepFunction, state: Tensors, inputs: Tensors, specs: Mapping[str, Spec]
+    ) -> EagerStep:
+        return EagerStep(function)
+
+    def host_shards(self, tensors: Tensors) -> dict[str, HostShards]:
+        rows: dict[str, HostShards] = {}
+        for name, tensor in tensors.items():
+            rows |= split_rows(self.layout.buffers[name], {0: tensor.detach().clone()})
+        return rows
+
+    def restore_shards(self, rows: Mapping[str, HostShards]) -> Tensors:
+        return {name: stack_rows(buffer, rows)[0].clone() for name, buffer in self.layout.buffers.items()}
+
+    def fetch_scalars(self, outputs: Tensors) -> dict[str, float]:
+        return {name: tensor.item() for name, tensor in outputs.items()}
+
+    def fetch_rows(self, tensor: torch.Tensor) -> np.ndarray:
+        return tensor.numpy()
+
+    def compile_count(self) -> int:
+        return 0
+
+    def sync(self) -> None:
+        pass

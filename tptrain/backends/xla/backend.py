@@ -1,0 +1,117 @@
+"""The backend that runs a plan on torch_xla's devices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch_xla
+import torch_xla.core.xla_model as xm
+
+from tptrain.backends.base import TORCH_DTYPES, Buffer, HostShards, Layout, StepFunction, Tensors, TensorSource
+from tptrain.backends.shards import read_buffer_shards, split_rows, stack_rows
+from tptrain.backends.xla.capture import CapturedStep, compile_count
+from tptrain.backends.xla.passes import apply_passes
+from tptrain.backends.xla.sharding import DeviceMesh
+from tptrain.config.plan import Plan
+from tptrain.mesh import Spec, shard_slices, spec_of
+from tptrain.models.decoder import Decoder
+
+_BATCH_DIMS = ("act_batch", "act_tokens")
+_CACHE_DIMS = ("act_batch", "act_keys", "act_kv_heads", "act_head_dim")
+
+
+class XlaBackend:
+    """Buffers split over the mesh, layers stacked for a scan, functions captured and replayed.
+
+    order: runtime ordinals of the devices in mesh order.
+    """
+
+    def __init__(self, plan: Plan, order: tuple[int, ...]):
+        self.plan = plan
+        self.mesh = DeviceMesh(plan.mesh, order)
+        self.layout = Layout.stacked(plan.table, plan.specs, len(plan.facts.layer_period))
+
+    def decoder(self) -> Decoder:
+        with torch.device("meta"):
+            decoder = Decoder(self.plan.facts, self.plan.padded_vocab)
+        apply_passes(decoder, self.layout, self.mesh, self.plan.rules, self.plan.recipe.remat.policy)
+        return decoder
+
+    def place(self, source: TensorSource) -> Tensors:
+        return {name: self._place_buffer(buffer, source) for name, buffer in self.layout.buffers.items()}
+
+    def _place_buffer(self, buffer: Buffer, source: TensorSource) -> torch.Tensor:
+        slices = shard_slices(buffer.rows[0].padded_size, buffer.row_spec, self.mesh.axis_sizes)
+        shards = read_buffer_shards(buffer, {p: slices[p] for p in self.mesh.local_positions}, source)
+        return self.mesh.place(shards, buffer.shape, buffer.spec)
+
+    def zeros(self) -> Tensors:
+        return {name: self._zero(b.shape, b.spec, b.dtype) for name, b in self.layout.buffers.items()}
+
+    def _zero(self, shape: tuple[int, ...], spec: Spec, dtype: torch.dtype) -> torch.Tensor:
+        slices = shard_slices(shape, spec, self.mesh.axis_sizes)
+        piece = torch.zeros([s.stop - s.start for s in slices[0]], dtype=dtype)
+        return self.mesh.place(dict.fromkeys(self.mesh.local_positions, piece), shape, spec)
+
+    def put_batch(self, batch: Mapping[str, Any]) -> Tensors:
+        return {name: self._put_rows(torch.from_numpy(np.asarray(a))) for name, a in batch.items()}
+
+    def _put_rows(self, array: torch.Tensor) -> torch.Tensor:
+        leading = ((),) * (array.ndim - len(_BATCH_DIMS))
+        return self.mesh.place_full(array, (*leading, *spec_of(_BATCH_DIMS, self.plan.rules.acts)))
+
+    def put_scalars(self, values: Mapping[str, float]) -> Tensors:
+        dtype = TORCH_DTYPES[self.plan.recipe.precision.master]
+        return {name: self.put_constant(torch.tensor(value, dtype=dtype)) for name, value in values.items()}
+
+    def put_constant(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.mesh.place_full(tensor, ((),) * tensor.ndim)
+
+    def make_caches(self, rows: int, length: int, dtype: torch.dtype) -> Tensors:
+        """Empty key and value caches: per position of the layer period, [layers, rows, length, K, H]."""
+        facts = self.plan.facts
+        spec = ((), *spec_of(_CACHE_DIMS, self.plan.rules.acts))
+        layers = facts.num_hidden_layers // len(facts.layer_period)
+        shape = (layers, rows, length, facts.num_key_value_heads, facts.head_dim)
+        names = [f"{part}.{i}" for i in range(len(facts.layer_period)) for part in ("key", "value")]
+        return {name: self._zero(shape, spec, dtype) for name in names}
+
+    def compile_step(
+        self, function: StepFunction, state: Tensors, inputs: Tensors, specs: Mapping[str, Spec]
+    ) -> CapturedStep:
+        def mark_state(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            return self.mesh.mark(tensor, specs[name])
+
+        return CapturedStep(function, state, inputs, mark_state)
+
+    def host_shards(self, tensors: Tensors) -> dict[str, HostShards]:
+        torch_xla.sync(wait=True)
+        rows: dict[str, HostShards] = {}
+        fetched = self.mesh.fetch(list(tensors.values()))
+        for name, shards in zip(tensors, fetched, strict=True):
+            rows |= split_rows(self.layout.buffers[name], shards)
+        return rows
+
+    def restore_shards(self, rows: Mapping[str, HostShards]) -> Tensors:
+        return {
+            name: self.mesh.place(stack_rows(buffer, rows), buffer.shape, buffer.spec)
+            for name, buffer in self.layout.buffers.items()
+        }
+
+    def fetch_scalars(self, outputs: Tensors) -> dict[str, float]:
+        # Unlike a look at the shards, this waits for these tensors and not for steps started later.
+        fetched = torch_xla._XLAC._xla_get_cpu_tensors(list(outputs.values()))
+        return {name: tensor.item() for name, tensor in zip(outputs, fetched, strict=True)}
+
+    def fetch_rows(self, tensor: torch.Tensor) -> np.ndarray:
+        return tensor.cpu().numpy()
+
+    def compile_count(self) -> int:
+        return compile_count()
+
+    def sync(self) -> None:
+        torch_xla.sync()
+        xm.wait_device_ops()

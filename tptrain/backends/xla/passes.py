@@ -1,0 +1,89 @@
+"""What the XLA backend does to a decoder from outside, in this order: remat, shard, scan.
+
+The decoder itself is the same plain module that the torch backend runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from tptrain.backends.base import Layout, Tensors
+from tptrain.backends.xla.scan import Keeper, scan_caches, scan_layers
+from tptrain.backends.xla.sharding import DeviceMesh
+from tptrain.mesh import RuleTable, spec_of
+from tptrain.models.attention import KVCache
+from tptrain.models.decoder import Decoder, LayerContext
+
+# Remat policy -> the marked activations that the backward pass finds ready instead of computing them again.
+KEPT = {
+    "none": frozenset({"query", "key", "value", "weights", "attended", "after_attention", "gate", "up"}),
+    "full": frozenset[str](),
+}
+
+
+def apply_passes(decoder: Decoder, layout: Layout, mesh: DeviceMesh, rules: RuleTable, remat: str) -> None:
+    """Turn a decoder on `meta` into the one that runs on the mesh, in place."""
+    keeper = Keeper(KEPT[remat])
+    decoder.marks.functions.append(keeper)
+    decoder.marks.functions.append(
+        lambda x, name, dims: mesh.mark_with_gradient(x, spec_of(dims, rules.acts))
+    )
+    layers = decoder.model.layers
+    assert isinstance(layers, Sequence) or isinstance(layers, nn.ModuleList)
+    period = [layers[i] for i in range(len(decoder.facts.layer_period))]
+    decoder.model.layers = ScannedLayers(period, keeper, layout, mesh)
+
+
+class ScannedLayers(nn.Module):
+    """The decoder's layers as one loop over stacked parameters; stands where the list of layers stood.
+
+    Its own parameters are named `period.<position>.<parameter>` and have a leading layer dim.
+    """
+
+    def __init__(self, period: Sequence[nn.Module], keeper: Keeper, layout: Layout, mesh: DeviceMesh):
+        super().__init__()
+        self.period = nn.ModuleList(period)
+        self._keeper, self._layout, self._mesh = keeper, layout, mesh
+
+    def forward(
+        self, x: torch.Tensor, context: LayerContext, caches: Sequence[KVCache] | None = None
+    ) -> tuple[torch.Tensor, Sequence[KVCache]]:
+        """x [B, T, D]; caches, if any, one per position of the period, with a leading layer dim."""
+        stacked = dict(self.named_parameters())
+        if caches is not None:
+            return self._cached(x, context, stacked, caches)
+
+        def one_period(x: torch.Tensor, parameters: Tensors) -> torch.Tensor:
+            for position, layer in enumerate(self.period):
+                x, _ = functional_call(layer, _part(parameters, position), (x, context))
+            return x
+
+        return scan_layers(one_period, self._keeper, self._constrain, x, stacked), []
+
+    def _constrain(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
+        return self._mesh.mark(gradient, self._layout.buffers[f"model.layers.{name}"].row_spec)
+
+    def _cached(
+        self, x: torch.Tensor, context: LayerContext, stacked: Tensors, caches: Sequence[KVCache]
+    ) -> tuple[torch.Tensor, Sequence[KVCache]]:
+        def one_period(x, parameters, flat):
+            written = []
+            for position, layer in enumerate(self.period):
+                cache = KVCache(flat[2 * position], flat[2 * position + 1])
+                x, cache = functional_call(layer, _part(parameters, position), (x, context, cache))
+                written += [cache.key, cache.value]
+            return x, written
+
+        flat = [tensor for cache in caches for tensor in (cache.key, cache.value)]
+        x, flat = scan_caches(one_period, x, stacked, flat)
+        return x, [KVCache(flat[i], flat[i + 1]) for i in range(0, len(flat), 2)]
+
+
+def _part(parameters: Tensors, position: int) -> Tensors:
+    """The parameters of one position of the period, under the layer's own names."""
+    prefix = f"period.{position}."
+    return {name[len(prefix) :]: tensor for name, tensor in parameters.items() if name.startswith(prefix)}

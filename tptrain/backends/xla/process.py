@@ -1,0 +1,44 @@
+"""Setting up this process for torch_xla: once, explicitly, and before anything touches a device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import MutableMapping
+
+from tptrain.errors import refuse
+from tptrain.topology import Topology
+
+
+def set_environment(topology: Topology, environ: MutableMapping[str, str]) -> None:
+    """State in the environment which devices torch_xla is to open; what the user has set stays.
+
+    torch_xla owns the chips; JAX, which writes the checkpoints, stays on the CPU beside it.
+    """
+    environ["JAX_PLATFORMS"] = "cpu"
+    environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA announces the end of GSPMD at every compile
+    environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if topology.name.startswith("cpu-"):
+        environ["PJRT_DEVICE"] = "CPU"
+        environ["CPU_NUM_DEVICES"] = str(topology.num_devices)
+    else:
+        environ.setdefault("PJRT_DEVICE", "TPU")
+
+
+def setup_process(topology: Topology) -> None:
+    """Open the devices of `topology` for SPMD. Raises when the runtime has another number of them."""
+    set_environment(topology, os.environ)
+    import torch_xla.runtime as xr
+
+    xr.use_spmd()
+    found = xr.global_runtime_device_count()
+    if found != topology.num_devices:
+        rule = "must have as many devices as the runtime has opened"
+        other = f"topology {topology.num_devices} devices, runtime {found}"
+        raise refuse("topology", topology.name, rule, other, "the topology that this machine belongs to")
+
+
+def use_full_float32() -> None:
+    """Have float32 matrix products computed in float32; the TPU's own default rounds inputs to bfloat16."""
+    import torch_xla.backends
+
+    torch_xla.backends.set_mat_mul_precision("highest")

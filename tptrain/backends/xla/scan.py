@@ -1,0 +1,135 @@
+"""A scan over stacked layers with a backward pass of our own.
+
+The forward loop stores, per layer, its input and whichever marked activations the remat policy keeps. The
+backward loop runs the layer again under autograd, but puts a kept activation in the place of the one just
+computed; whatever led to it is then dead code and never reaches the compiled program. A policy is thus a set
+of names, from "nothing" (full remat) to "every matrix product".
+
+torch_xla's own `scan` offers gradients through AOTAutograd: it refuses inputs that are not floating point,
+and whatever all layers share (rotary tables, masks) would be stored once per layer. Here the body closes
+over such tensors, and the loop below it (`_scan_impl_pytree`) hoists their leaves into loop invariants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from collections.abc import Iterator
+
+import torch
+from torch_xla.experimental.scan import _scan_impl_pytree
+
+Tensors = dict[str, torch.Tensor]
+# (x, parameters of one layer) -> x
+LayerFunction = Callable[[torch.Tensor, Tensors], torch.Tensor]
+
+
+class _Substitute(torch.autograd.Function):
+    """Goes on with the kept value; the gradient flows to the computed one."""
+
+    @staticmethod
+    def forward(ctx, computed: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return kept
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):  # type: ignore[override]
+        return gradient, None
+
+
+class Keeper:
+    """A mark that records the kept activations in the forward loop and puts them back in the backward loop."""
+
+    def __init__(self, names: frozenset[str]):
+        self.names = names
+        self._recorded: list[torch.Tensor] | None = None
+        self._supply: Iterator[torch.Tensor] | None = None
+
+    def __call__(self, x: torch.Tensor, name: str, dims: tuple[str, ...]) -> torch.Tensor:
+        if name not in self.names:
+            return x
+        if self._recorded is not None:
+            self._recorded.append(x)
+        elif self._supply is not None:
+            return _Substitute.apply(x, next(self._supply))
+        return x
+
+    @contextmanager
+    def recording(self) -> Iterator[list[torch.Tensor]]:
+        self._recorded = []
+        try:
+            yield self._recorded
+        finally:
+            self._recorded = None
+
+    @contextmanager
+    def supplying(self, kept: list[torch.Tensor]) -> Iterator[None]:
+        self._supply = iter(kept)
+        try:
+            yield
+        finally:
+            self._supply = None
+
+
+class _ScanLayers(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, function, keeper, constrain, names, x, *stacked):  # type: ignore[override]
+        def body(carry, layer):
+            with keeper.recording() as kept:
+                y = function(carry, dict(zip(names, layer, strict=True)))
+            return y, (carry, list(kept))
+
+        with torch.no_grad():
+            y, (inputs, kept) = _scan_impl_pytree(body, x, list(stacked))
+        ctx.save_for_backward(inputs, *kept, *stacked)
+        ctx.function, ctx.keeper, ctx.constrain, ctx.names = function, keeper, constrain, names
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[override]
+        inputs, *rest = ctx.saved_tensors
+        split = len(rest) - len(ctx.names)
+        kept, stacked = rest[:split], rest[split:]
+
+        def body(carry, layer):
+            x, layer_kept, parameters = layer
+            with torch.enable_grad(), ctx.keeper.supplying(layer_kept):
+                leaves = [t.detach().requires_grad_(True) for t in (x, *parameters)]
+                y = ctx.function(leaves[0], dict(zip(ctx.names, leaves[1:], strict=True)))
+                gradients = torch.autograd.grad(y, leaves, carry)
+            constrained = [ctx.constrain(n, g) for n, g in zip(ctx.names, gradients[1:], strict=True)]
+            return gradients[0], constrained
+
+        with torch.no_grad():
+            grad_x, grad_stacked = _scan_impl_pytree(body, gradient, (inputs, kept, stacked), reverse=True)
+        return None, None, None, None, grad_x, *grad_stacked
+
+
+def scan_layers(
+    function: LayerFunction,
+    keeper: Keeper,
+    constrain: Callable[[str, torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    stacked: Tensors,
+) -> torch.Tensor:
+    """Run `function` over the leading dim of every tensor in `stacked`, with gradients.
+
+    function:  one layer; it may close over tensors that all layers share and that need no gradient.
+    constrain: (name, gradient of one layer's parameter) -> the gradient, its sharding stated.
+    """
+    names = tuple(stacked)
+    return _ScanLayers.apply(function, keeper, constrain, names, x, *stacked.values())
+
+
+def scan_caches(function, x: torch.Tensor, stacked: Tensors, caches: list[torch.Tensor]):
+    """Run `function(x, parameters, caches) -> (x, caches)` over layers, without gradients.
+
+    caches: tensors with a leading layer dim. Returns x and the new caches, stacked alike.
+    """
+    names = tuple(stacked)
+
+    def body(carry, layer):
+        parameters, layer_caches = layer
+        return function(carry, dict(zip(names, parameters, strict=True)), layer_caches)
+
+    with torch.no_grad():
+        return _scan_impl_pytree(body, x, (list(stacked.values()), caches))

@@ -1,0 +1,146 @@
+"""The `tptrain` command, and the main of a recipe script.
+
+Planning imports no framework; `train` and `generate` import theirs when they are asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+
+from tptrain import __version__
+from tptrain.config.help import render_help
+from tptrain.config.overrides import apply_overrides
+from tptrain.config.plan import Plan
+from tptrain.config.planning import plan_recipe
+from tptrain.config.recipe_file import load_recipe
+from tptrain.config.schema import Recipe
+from tptrain.errors import Problem, ProblemsError, TptrainError, nearest, refuse
+from tptrain.report.plan_page import plan_json, plan_page
+
+USAGE = """\
+usage: tptrain COMMAND ...
+
+  tptrain plan RECIPE [setting=value ...] [--json]   what would run: numbers, parameter table, problems
+  tptrain train RECIPE [setting=value ...]           train, and export a Hugging Face folder
+  tptrain generate RUN_OR_FOLDER PROMPT [...]        answer a prompt with a trained or exported model
+  tptrain train RECIPE --help                        every setting, this recipe's value, its meaning
+  tptrain --version
+
+RECIPE is a recipe script such as recipes/tiny_gsm8k.py, or its name when it lies in ./recipes.
+"""
+
+_OK, _REFUSED = 0, 2
+_HELP = ("--help", "-h", "help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console command. Returns the exit code: 0, or 2 for what the user can mend."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    return _told(lambda: _dispatch(args))
+
+
+def run_recipe(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
+    """What a recipe script does when it is run: help, overrides, then training. Exits with 2 on problems.
+
+    if __name__ == "__main__":
+        run_recipe(RECIPE)
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    code = _told(lambda: _train(recipe, args, f"python {sys.argv[0]}"))
+    if code:
+        sys.exit(code)
+
+
+def _told(command: Callable[[], int]) -> int:
+    """Run a command; errors raised for people go to stderr without a traceback."""
+    try:
+        return command()
+    except TptrainError as error:
+        print(f"tptrain: {error}", file=sys.stderr)
+        return _REFUSED
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args or args[0] in _HELP:
+        print(USAGE, end="")
+        return _OK if args else _REFUSED
+    if args[0] == "--version":
+        print(f"tptrain {__version__}")
+        return _OK
+    command = _COMMANDS.get(args[0])
+    if command is None:
+        raise ProblemsError([_unknown_command(args[0])])
+    return command(args[1:])
+
+
+def _unknown_command(word: str) -> Problem:
+    guess = nearest(word, _COMMANDS)
+    fix = f"tptrain {guess} (did you mean it?)" if guess else "one of them, see tptrain --help"
+    return Problem("command", word, "is not a command", f"commands: {', '.join(_COMMANDS)}", fix)
+
+
+def _plan_command(args: list[str]) -> int:
+    as_json = "--json" in args
+    rest = [arg for arg in args if arg != "--json"]
+    recipe, overrides = _recipe_and_overrides("plan", rest)
+    if _asks_help(overrides):
+        return _show_help(recipe, "tptrain plan RECIPE")
+    plan = _planned(recipe, overrides)
+    print(json.dumps(plan_json(plan), indent=1) if as_json else plan_page(plan), end="\n" if as_json else "")
+    return _OK
+
+
+def _train_command(args: list[str]) -> int:
+    recipe, overrides = _recipe_and_overrides("train", args)
+    return _train(recipe, overrides, "tptrain train RECIPE")
+
+
+def _generate_command(args: list[str]) -> int:
+    from tptrain.generate import main as generate_main
+
+    return generate_main(args)
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "plan": _plan_command,
+    "train": _train_command,
+    "generate": _generate_command,
+}
+
+
+def _recipe_and_overrides(command: str, args: list[str]) -> tuple[Recipe, list[str]]:
+    """The recipe named by the first argument that is neither an override nor an option, and the rest."""
+    named = [i for i, arg in enumerate(args) if "=" not in arg and not arg.startswith("-")]
+    if not named and _asks_help(args):
+        print(USAGE, end="")
+        sys.exit(_OK)
+    if not named:
+        fix = f"tptrain {command} recipes/tiny_gsm8k.py"
+        raise refuse("recipe", "none", "is required", f"arguments: {' '.join(args) or 'none'}", fix)
+    first = named[0]
+    return load_recipe(args[first]), args[:first] + args[first + 1 :]
+
+
+def _train(recipe: Recipe, overrides: list[str], program: str) -> int:
+    if _asks_help(overrides):
+        return _show_help(recipe, program)
+    plan = _planned(recipe, overrides)
+    from tptrain.train.run import train
+
+    train(plan)
+    return _OK
+
+
+def _planned(recipe: Recipe, overrides: list[str]) -> Plan:
+    return plan_recipe(apply_overrides(recipe, overrides))
+
+
+def _asks_help(args: Sequence[str]) -> bool:
+    return any(arg in _HELP for arg in args)
+
+
+def _show_help(recipe: Recipe, program: str) -> int:
+    print(render_help(recipe, program), end="")
+    return _OK

@@ -1,0 +1,116 @@
+"""`section.setting=value` arguments, applied to a recipe."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from tptrain.config.schema import Recipe
+from tptrain.config.settings import Setting, sections, settings, unknown_setting, value_of
+from tptrain.config.validation import validation_problems
+from tptrain.errors import Problem, raise_if_any
+
+_NONE_WORDS = ("none", "null")
+_MODEL_FIELD = "model.config."
+
+# Section -> name -> value; the recipe's own settings are under "".
+_Values = dict[str, dict[str, Any]]
+
+
+def apply_overrides(recipe: Recipe, args: Sequence[str]) -> Recipe:
+    """A new recipe with every `key=value` of `args` applied, values typed by the schema.
+
+    "none" and "null" empty an optional setting. `model.config.FIELD=value` sets one field of the architecture
+    (JSON, else text). Raises ProblemsError with everything that is wrong with the arguments.
+
+    >>> apply_overrides(Recipe(name="a"), ["mesh.tensor=2"]).mesh.tensor
+    2
+    """
+    problems: list[Problem] = []
+    values = _values(recipe)
+    given: dict[str, str] = {}
+    for arg in args:
+        key, equals, text = arg.partition("=")
+        if not equals:
+            problems.append(_not_key_value(arg))
+        elif key in given:
+            other = f"given before as {key}={given[key]}"
+            problems.append(Problem(key, text, "is given twice", other, f"{key}={text} once"))
+        else:
+            given[key] = text
+            problems += _assign(values, key, text)
+    changed, more = _validated(recipe, values)
+    raise_if_any([*problems, *more])
+    return changed
+
+
+def _validated(recipe: Recipe, values: _Values) -> tuple[Recipe, list[Problem]]:
+    try:
+        nested = {**values[""], **{section: values[section] for section in sections()}}
+        return TypeAdapter(Recipe).validate_python(nested), []
+    except ValidationError as error:
+        return recipe, validation_problems(error, recipe)
+
+
+def _values(recipe: Recipe) -> _Values:
+    """The recipe's values as plain dicts that share nothing with it."""
+    found: _Values = {"": {}, **{section: {} for section in sections()}}
+    for setting in settings().values():
+        found[setting.section][setting.leaf] = copy.deepcopy(value_of(recipe, setting))
+    return found
+
+
+def _not_key_value(arg: str) -> Problem:
+    key = arg.lstrip("-")
+    known = key if key in settings() else "section.setting"
+    return Problem("argument", arg, "must have the form key=value", "it has no '='", f"{known}=value")
+
+
+def _assign(values: _Values, key: str, text: str) -> list[Problem]:
+    """Put one override into `values`; what pydantic will judge is left as text."""
+    if key.startswith(_MODEL_FIELD):
+        return _assign_model_field(values["model"], key, text)
+    setting = settings().get(key)
+    if setting is None:
+        return [unknown_setting(key, text)]
+    if text == "":
+        fix = "none" if setting.optional else f"{key}=VALUE"
+        return [Problem(key, "", "must not be empty", f"type: {setting.kind}", fix)]
+    values[setting.section][setting.leaf] = _read(setting, text)
+    return []
+
+
+def _read(setting: Setting, text: str) -> str | None:
+    return None if setting.optional and text.lower() in _NONE_WORDS else text
+
+
+def _assign_model_field(model: dict[str, Any], key: str, text: str) -> list[Problem]:
+    """Set one field, or a field of a field (`model.config.rope_scaling.factor`), of the architecture."""
+    config = model["config"]
+    *outer, field = key.removeprefix(_MODEL_FIELD).split(".")
+    if not isinstance(config, dict):
+        rule, other = "needs an architecture given by its fields", f"model.config={config}"
+        return [Problem(key, text, rule, other, "a config.json with this change, as model.config=PATH")]
+    for depth, name in enumerate(outer):
+        inside = config.get(name)
+        if not isinstance(inside, dict):
+            path = _MODEL_FIELD + ".".join(outer[: depth + 1])
+            rule, fix = f"needs {path} to have fields", f"{path}={{...}} as JSON"
+            return [Problem(key, text, rule, f"{path}={json.dumps(inside)}", fix)]
+        config = inside
+    config[field] = _json_or_text(text)
+    return []
+
+
+def _json_or_text(text: str) -> Any:
+    words = {"none": None, "true": True, "false": False}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

@@ -1,0 +1,162 @@
+"""Checks of a recipe by itself and beside the model's facts: what contradicts, and what has no effect."""
+
+from __future__ import annotations
+
+import re
+
+from tptrain.config.schema import Recipe
+from tptrain.config.settings import settings, shown, value_of
+from tptrain.errors import Problem, nearest, unknown_name
+from tptrain.family import ModelFacts
+
+BUILTIN_DATA = ("builtin:word_problems",)
+
+# A byte-level BPE starts from the 256 bytes and needs ids for the beginning, the end and padding.
+SMALLEST_TRAINED_VOCAB = 259
+
+_RESUME_WORDS = ("never", "auto")
+_FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+def recipe_problems(recipe: Recipe) -> list[Problem]:
+    """Everything wrong that can be told from the recipe alone."""
+    return [
+        *_name_problems(recipe),
+        *_tokenizer_problems(recipe),
+        *_data_problems(recipe),
+        *_schedule_problems(recipe),
+        *_precision_problems(recipe),
+    ]
+
+
+def facts_problems(recipe: Recipe, facts: ModelFacts) -> list[Problem]:
+    """Settings that ask for more than the model has."""
+    problems = []
+    longest, seq_len = facts.max_position_embeddings, recipe.data.seq_len
+    other = f"max_position_embeddings={longest}"
+    if seq_len > longest:
+        rule, fix = "must not exceed the model's positions", f"{longest} or less"
+        problems.append(Problem("data.seq_len", seq_len, rule, other, fix))
+    new_tokens = recipe.eval.max_new_tokens
+    if recipe.eval.problems and new_tokens >= longest:
+        rule, fix = "must leave room for the prompt in the model's positions", f"{longest - 1} or less"
+        problems.append(Problem("eval.max_new_tokens", new_tokens, rule, other, fix))
+    if recipe.model.tokenizer == "train" and facts.vocab_size < SMALLEST_TRAINED_VOCAB:
+        rule = "is too small for a byte-level tokenizer trained on the records"
+        other = f"256 bytes and {SMALLEST_TRAINED_VOCAB - 256} special tokens"
+        fix = f"{SMALLEST_TRAINED_VOCAB} or more"
+        problems.append(Problem("model.config.vocab_size", facts.vocab_size, rule, other, fix))
+    return problems
+
+
+def _name_problems(recipe: Recipe) -> list[Problem]:
+    problems = []
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", recipe.name):
+        rule = "must be usable as the name of a folder"
+        passing = re.sub(r"[^\w.-]+", "_", recipe.name).lstrip("_.-") or "my_run"
+        problems.append(Problem("name", recipe.name, rule, "letters, digits, _, . and -", passing))
+    if recipe.resume not in _RESUME_WORDS and not recipe.resume.isdecimal():
+        fix = nearest(recipe.resume, _RESUME_WORDS) or "auto"
+        other = "choices: never, auto, or the number of a step"
+        problems.append(Problem("resume", recipe.resume, "must be one of its choices", other, fix))
+    return problems
+
+
+def _tokenizer_problems(recipe: Recipe) -> list[Problem]:
+    model = recipe.model
+    if model.tokenizer == "pretrained" and model.pretrained is None:
+        rule = "needs a checkpoint to take the tokenizer from"
+        fix = "train, or a tokenizer's folder or hub id"
+        return [Problem("model.tokenizer", "pretrained", rule, "model.pretrained=none", fix)]
+    if model.tokenizer == "train" and model.pretrained is not None:
+        rule = "makes new token ids, which the checkpoint's weights do not know"
+        other = f"model.pretrained={model.pretrained}"
+        return [Problem("model.tokenizer", "train", rule, other, "pretrained, or model.pretrained=none")]
+    return []
+
+
+def _data_problems(recipe: Recipe) -> list[Problem]:
+    problems = [
+        unknown_name(setting, path, "builtin data set", BUILTIN_DATA)
+        for setting, path in (("data.path", recipe.data.path), ("eval.path", recipe.eval.path))
+        if path is not None and path.startswith("builtin:") and path not in BUILTIN_DATA
+    ]
+    if recipe.eval.problems and recipe.eval.path is None and not recipe.data.path.startswith("builtin:"):
+        rule, other = "needs held-out records", "eval.path=none"
+        fix = "0, or eval.path=FILE with held-out records"
+        problems.append(Problem("eval.problems", recipe.eval.problems, rule, other, fix))
+    return problems
+
+
+def _schedule_problems(recipe: Recipe) -> list[Problem]:
+    schedule = recipe.schedule
+    epochs, steps, warmup = schedule.epochs, schedule.max_steps, schedule.warmup_steps
+    if (epochs is None) == (steps is None):
+        given = f"{shown(epochs)} and {shown(steps)}"
+        other = "neither is given" if epochs is None else "both are given"
+        fix = "schedule.epochs=1 or schedule.max_steps=1000" if epochs is None else "none for one of the two"
+        settings_named = "schedule.epochs, schedule.max_steps"
+        return [Problem(settings_named, given, "exactly one of the two must be given", other, fix)]
+    if steps is not None and warmup >= steps:
+        rule, other = "must be less than the steps of the run", f"schedule.max_steps={steps}"
+        fix = f"{steps - 1} or less" if steps > 1 else "0"
+        return [Problem("schedule.warmup_steps", warmup, rule, other, fix)] if warmup else []
+    return []
+
+
+def _precision_problems(recipe: Recipe) -> list[Problem]:
+    compute, master = recipe.precision.compute, recipe.precision.master
+    problems = []
+    if recipe.backend == "xla":
+        for setting, value in (("precision.compute", compute), ("precision.master", master)):
+            if value == "float64":
+                rule, fix = "needs the plain PyTorch backend", "float32, or backend=torch topology=cpu-1"
+                problems.append(Problem(setting, value, rule, "backend=xla", fix))
+    elif master == "float64" and compute != "float64":
+        rule, other = "gains nothing over a narrower compute format", f"precision.compute={compute}"
+        fix = "float32, or precision.compute=float64"
+        problems.append(Problem("precision.master", master, rule, other, fix))
+    elif compute == "float64" and master != "float64":
+        rule, other = "gains nothing over narrower stored weights", f"precision.master={master}"
+        fix = "float32, or precision.master=float64"
+        problems.append(Problem("precision.compute", compute, rule, other, fix))
+    return problems
+
+
+def _is_one_file(path: str | None) -> bool:
+    return path is not None and (path.startswith("builtin:") or path.endswith(_FILE_SUFFIXES))
+
+
+def _idle_settings(recipe: Recipe) -> list[tuple[bool, str, tuple[str, ...]]]:
+    """(whether it holds, what holds, the settings that do nothing then)."""
+    model, data, export, evaluation = recipe.model, recipe.data, recipe.export, recipe.eval
+    eval_settings = ("eval.path", "eval.split", "eval.max_new_tokens", "eval.batch_rows")
+    export_settings = ("export.path", "export.dtype", "export.max_shard_gb")
+    constant = recipe.schedule.kind == "constant"
+    return [
+        (not export.enabled, "export.enabled=false", export_settings),
+        (evaluation.problems == 0, "eval.problems=0", eval_settings),
+        (_is_one_file(evaluation.path), f"eval.path={evaluation.path}", ("eval.split",)),
+        (_is_one_file(data.path), f"data.path={data.path}", ("data.subset", "data.split")),
+        (constant, "schedule.kind=constant", ("schedule.final_ratio",)),
+        (recipe.save.every_steps == 0, "save.every_steps=0", ("save.keep_last",)),
+        (model.pretrained is not None, f"model.pretrained={model.pretrained}", ("seed",)),
+    ]
+
+
+def idle_notices(recipe: Recipe) -> list[str]:
+    """A sentence for every setting that was changed from its default and does nothing in this run.
+
+    Notices and not problems: one override (`export.enabled=false`, a local data.path) must not oblige a user
+    to take back what the recipe says beside it.
+    """
+    notices: dict[str, str] = {}
+    for holds, what, idle in _idle_settings(recipe):
+        for setting in (settings()[path] for path in idle if holds):
+            value = value_of(recipe, setting)
+            if value != setting.default:
+                sentence = f"{setting.path}={shown(value)} has no effect with {what}."
+                notices.setdefault(setting.path, sentence)
+    if recipe.optim.learning_rate == 0:
+        notices["optim.learning_rate"] = "optim.learning_rate=0 leaves every parameter as it is."
+    return list(notices.values())

@@ -1,0 +1,118 @@
+"""From a recipe to a plan: pure functions of the recipe, the topology and the configs at hand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tptrain.config.mesh_checks import (
+    ChosenMesh,
+    ShardingCase,
+    batch_problems,
+    choose_mesh,
+    choose_rules,
+    padded_table,
+    sharding_problems,
+)
+from tptrain.config.model_config import ChosenConfig, ConfigsAtHand, choose_config
+from tptrain.config.plan import Plan
+from tptrain.config.recipe_checks import facts_problems, idle_notices, recipe_problems
+from tptrain.config.schema import Recipe
+from tptrain.errors import Problem, raise_if_any
+from tptrain.family import parameter_table
+from tptrain.mesh import RuleTable, param_specs
+from tptrain.topology import Topology
+
+
+def resolve(
+    recipe: Recipe,
+    topology: Topology,
+    hf_config: Mapping[str, Any] | None,
+    file_config: Mapping[str, Any] | None = None,
+) -> Plan:
+    """The plan of a recipe on a topology. No device, file or network is looked at.
+
+    hf_config:   the config.json found in the checkpoint at hand, None when there is none.
+    file_config: the one that `model.config` names, when it is a path.
+
+    Raises ProblemsError with every problem there is.
+    """
+    return finish(parts_of(recipe, topology, ConfigsAtHand(hf_config, file_config)))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A recipe on its way to a plan: what could be worked out, None for what a problem stands before."""
+
+    recipe: Recipe
+    topology: Topology | None
+    model: ChosenConfig | None
+    mesh: ChosenMesh | None
+    rules: RuleTable | None
+    problems: tuple[Problem, ...]
+
+
+def parts_of(recipe: Recipe, topology: Topology | None, at_hand: ConfigsAtHand | None) -> Parts:
+    """Check everything that can be checked. topology, at_hand: None when reading them failed already."""
+    model = choose_config(recipe.model, at_hand) if at_hand else None
+    mesh = choose_mesh(recipe.mesh, topology) if topology else None
+    rules, rules_problems = choose_rules(recipe.mesh)
+    problems = [
+        *recipe_problems(recipe),
+        *(model.problems if model else ()),
+        *_backend_problems(recipe, topology),
+        *(mesh.problems if mesh else ()),
+        *rules_problems,
+    ]
+    facts = model.facts if model else None
+    if facts:
+        problems += facts_problems(recipe, facts)
+    if topology and mesh and rules:
+        if facts:
+            case = ShardingCase(recipe.mesh, facts, rules, mesh.shape, topology.devices_per_slice)
+            problems += sharding_problems(case, parameter_table(facts))
+        if mesh.complete:
+            problems += batch_problems(recipe, rules, mesh.shape)
+    return Parts(recipe, topology, model, mesh, rules, tuple(problems))
+
+
+def _backend_problems(recipe: Recipe, topology: Topology | None) -> list[Problem]:
+    if recipe.backend != "torch" or topology is None:
+        return []
+    if topology.chip.platform == "cpu" and topology.num_devices == 1:
+        return []
+    rule, other = "must be one CPU device", "backend=torch"
+    return [Problem("topology", topology.name, rule, other, "cpu-1, or backend=xla")]
+
+
+def finish(parts: Parts) -> Plan:
+    """The plan, now that nothing stands before it. Raises ProblemsError otherwise."""
+    raise_if_any(parts.problems)
+    recipe, topology, model, mesh, rules = parts.recipe, parts.topology, parts.model, parts.mesh, parts.rules
+    assert topology and mesh and rules, "every part is there when there are no problems"
+    assert model and model.facts and model.config
+    master = recipe.precision.master
+    table = padded_table(parameter_table(model.facts), rules, mesh.shape.axis_sizes, master)
+    output_dir = os.path.join("runs", recipe.name) if recipe.output_dir == "auto" else recipe.output_dir
+    return Plan(
+        recipe=recipe,
+        topology=topology,
+        mesh=mesh.shape,
+        rules=rules,
+        facts=model.facts,
+        hf_config=model.config,
+        table=table,
+        specs=param_specs(table, rules),
+        micro_rows=recipe.data.batch_rows // recipe.optim.accumulation,
+        output_dir=output_dir,
+        export_dir=_export_dir(recipe, output_dir),
+        notices=(*model.notices, *idle_notices(recipe)),
+    )
+
+
+def _export_dir(recipe: Recipe, output_dir: str) -> str | None:
+    if not recipe.export.enabled:
+        return None
+    return os.path.join(output_dir, "export") if recipe.export.path == "auto" else recipe.export.path

@@ -1,0 +1,215 @@
+"""What a user asks for: the recipe and its sections.
+
+Every setting has a default and one line of meaning (the string under it, shown by `--help`). A recipe may
+hold -1 and "auto"; `resolve` turns it into a Plan in which every number is fixed. Importing this module
+imports no framework.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+_CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class ModelSection:
+    """The model and where its weights and tokenizer come from."""
+
+    pretrained: str | None = None
+    """Folder or hub id of a Hugging Face checkpoint, or a checkpoint step of a run (weights only); none:
+    random initialisation."""
+    config: dict[str, Any] | str = "pretrained"
+    """Architecture: the fields of a config.json (model.config.FIELD=value sets one of them), the path of one,
+    or "pretrained" for the checkpoint's own."""
+    tokenizer: str = "pretrained"
+    """Folder or hub id of a tokenizer; "pretrained" for the checkpoint's own, "train" for a byte-level BPE
+    made from the training records."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class DataSection:
+    """Training records and how they become rows of tokens."""
+
+    path: str = "openai/gsm8k"
+    """JSONL or parquet file, folder saved by `datasets`, hub id, or "builtin:word_problems"."""
+    subset: str | None = None
+    """Configuration name of a hub data set, such as "main"."""
+    split: str = "train"
+    """Split of a hub data set or of a saved DatasetDict."""
+    preset: Literal["prompt_completion", "gsm8k"] = "prompt_completion"
+    """How a record becomes prompt and completion; gsm8k: "Question: ...\\nAnswer:" and " ...", from question
+    and answer."""
+    prompt_column: str = "auto"
+    """Column of the prompt; auto: the preset's own (prompt, or question for gsm8k)."""
+    completion_column: str = "auto"
+    """Column of the completion; auto: the preset's own (completion, or answer for gsm8k)."""
+    seq_len: int = Field(default=512, ge=2)
+    """Tokens per row; shorter rows are padded."""
+    batch_rows: int = Field(default=16, ge=1)
+    """Rows per optimizer step over all devices, before accumulation splits them."""
+    too_long: Literal["drop", "truncate"] = "drop"
+    """What happens to a record of more than seq_len tokens; both are counted and printed."""
+    max_records: int | None = Field(default=None, ge=1)
+    """Use only the first so many records; none: all."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the shuffle."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class MeshSection:
+    """Sizes of the mesh axes, in JAX's terms; at most one ICI and one DCN size may be -1 (fill)."""
+
+    data: int = 1
+    """Data-parallel replicas within a slice."""
+    fsdp: int = -1
+    """Devices that split every parameter and the batch, within a slice."""
+    expert: int = 1
+    """Devices that split the experts of a mixture (1 until mixtures are supported)."""
+    context: int = 1
+    """Devices that split the tokens of a row (1: not yet supported)."""
+    tensor: int = 1
+    """Devices that split heads, MLP and vocabulary, within a slice."""
+    dcn_data: int = -1
+    """Data-parallel replicas over slices."""
+    dcn_fsdp: int = 1
+    """Slices that split every parameter."""
+    rules: str = "fsdp+tensor"
+    """Rule table from dims to axes: "fsdp" or "fsdp+tensor"."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class OptimSection:
+    """AdamW with decoupled weight decay on matrices (not on norms and biases)."""
+
+    learning_rate: float = Field(default=2e-5, ge=0)
+    """Peak learning rate."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay, multiplied by the learning rate."""
+    clip_norm: float = Field(default=1.0, ge=0)
+    """Largest global gradient norm; 0: no clipping."""
+    accumulation: int = Field(default=1, ge=1)
+    """Micro-batches per step; each has batch_rows / accumulation rows."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class ScheduleSection:
+    """Length of the run and the learning rate over it; exactly one of epochs and max_steps."""
+
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the records; the last step is filled up with empty rows."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps; records repeat, in a new order, as often as needed."""
+    kind: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the learning rate rises linearly to its peak."""
+    final_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Learning rate at the end, as a part of the peak (linear and cosine)."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class PrecisionSection:
+    """Number formats."""
+
+    compute: Literal["bfloat16", "float32", "float64"] = "bfloat16"
+    """Format of activations and of weights inside the step (float64: backend=torch only)."""
+    master: Literal["float32", "float64"] = "float32"
+    """Format of the stored weights and optimizer state (float64: backend=torch only)."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class RematSection:
+    """What the backward pass computes again instead of keeping."""
+
+    policy: Literal["none", "full"] = "none"
+    """none: keep all activations; full: keep each layer's input only."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class SaveSection:
+    """Checkpoints. One is always written at the end of a run."""
+
+    every_steps: int = Field(default=500, ge=0)
+    """Steps between checkpoints; 0: only at the end."""
+    keep_last: int = Field(default=2, ge=1)
+    """How many checkpoints to keep."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class ExportSection:
+    """The Hugging Face folder written at the end of a run."""
+
+    enabled: bool = True
+    """Write it."""
+    path: str = "auto"
+    """Where; auto: `export` inside the run's folder."""
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    """Format of the exported weights."""
+    max_shard_gb: float = Field(default=5.0, gt=0)
+    """Largest safetensors file, in GB (1e9 bytes)."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class EvalSection:
+    """Greedy answers to held-out problems before and after training, scored by exact match."""
+
+    problems: int = Field(default=0, ge=0)
+    """How many held-out problems to answer; 0: no evaluation."""
+    path: str | None = None
+    """Held-out records, in the same form as data.path; "builtin:word_problems" holds out its own; none: those
+    of data.path when it is a builtin."""
+    split: str = "test"
+    """Split of a hub data set or of a saved DatasetDict."""
+    max_new_tokens: int = Field(default=256, ge=1)
+    """Longest answer."""
+    batch_rows: int = Field(default=64, ge=1)
+    """Problems answered at a time."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class LogSection:
+    """What a run shows and writes; the journal (journal.jsonl) is always written."""
+
+    progress: bool = True
+    """Progress bar on the terminal."""
+    tensorboard: bool = True
+    """TensorBoard event files in the run's folder."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class Recipe:
+    """One fine-tuning run, as asked for."""
+
+    name: str
+    """Name of the recipe, and of the run's folder unless output_dir says otherwise."""
+    topology: str = "auto"
+    """Accelerators: v5p-32, v5e:4x4, 2xv5p-32, cpu-8 (virtual devices), or auto for what is attached."""
+    backend: Literal["xla", "torch"] = "xla"
+    """xla: torch_xla over the mesh; torch: plain PyTorch on one CPU device, the oracle."""
+    output_dir: str = "auto"
+    """The run's folder; auto: runs/<name>."""
+    resume: str = "never"
+    """never: start anew; auto: go on from the newest checkpoint if there is one; or the number of a step."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of random initialisation."""
+    model: ModelSection = Field(default_factory=ModelSection)
+    data: DataSection = Field(default_factory=DataSection)
+    mesh: MeshSection = Field(default_factory=MeshSection)
+    optim: OptimSection = Field(default_factory=OptimSection)
+    schedule: ScheduleSection = Field(default_factory=ScheduleSection)
+    precision: PrecisionSection = Field(default_factory=PrecisionSection)
+    remat: RematSection = Field(default_factory=RematSection)
+    save: SaveSection = Field(default_factory=SaveSection)
+    export: ExportSection = Field(default_factory=ExportSection)
+    eval: EvalSection = Field(default_factory=EvalSection)
+    log: LogSection = Field(default_factory=LogSection)

@@ -1,0 +1,136 @@
+"""Batches of a step, as numpy arrays, from the cursor alone."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import numpy.typing as npt
+
+from tptrain.config.schema import DataSection, ScheduleSection
+from tptrain.data.dataset import TokenizedDataset
+from tptrain.data.order import sample_at
+
+Int32Array = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one optimizer step; every array is [accumulation, micro_rows, seq_len].
+
+    tokens:      int32, inputs; filled up with the padding id.
+    targets:     int32, the token after each input.
+    weights:     float32, 1 where the target counts in the loss, else 0.
+    positions:   int32, place of the token in its record; 0 in padding.
+    segment_ids: int32, 1 for a token of a record, 0 for padding.
+
+    counted_tokens: targets that count. real_tokens, padded_tokens: inputs that are of a record, or are not.
+    """
+
+    tokens: Int32Array
+    targets: Int32Array
+    weights: npt.NDArray[np.float32]
+    positions: Int32Array
+    segment_ids: Int32Array
+    counted_tokens: int
+    real_tokens: int
+    padded_tokens: int
+
+
+class Batches:
+    """The batches of a run: `batch_at(cursor)` depends on its argument only.
+
+    total_samples: samples of the whole run; rows at or beyond it are empty (no segment, no weight). None: no end.
+    """
+
+    def __init__(
+        self, dataset: TokenizedDataset, section: DataSection, accumulation: int, total_samples: int | None
+    ):
+        assert section.batch_rows % accumulation == 0, (section.batch_rows, accumulation)
+        self.dataset = dataset
+        self.seed = section.seed
+        self.batch_rows = section.batch_rows
+        self.shape = (accumulation, section.batch_rows // accumulation, section.seq_len)
+        self.total_samples = total_samples
+
+    def batch_at(self, cursor: int) -> Batch:
+        """The batch whose first row is global sample `cursor`; row r of micro-batch m is m * micro_rows + r later."""
+        rows, seq_len = self.batch_rows, self.shape[-1]
+        tokens = np.full((rows, seq_len), self.dataset.pad_id, dtype=np.int32)
+        targets = tokens.copy()
+        weights = np.zeros((rows, seq_len), dtype=np.float32)
+        positions = np.zeros((rows, seq_len), dtype=np.int32)
+        segment_ids = np.zeros((rows, seq_len), dtype=np.int32)
+        for row in range(self._filled_rows(cursor)):
+            ids, mask = self.dataset.row(sample_at(cursor + row, len(self.dataset), self.seed))
+            length = len(ids)
+            tokens[row, :length] = ids
+            # The last token of a record has no target.
+            targets[row, : length - 1] = ids[1:]
+            weights[row, : length - 1] = mask[1:]
+            positions[row, :length] = np.arange(length)
+            segment_ids[row, :length] = 1
+        real = int(segment_ids.sum())
+        return Batch(
+            tokens=tokens.reshape(self.shape),
+            targets=targets.reshape(self.shape),
+            weights=weights.reshape(self.shape),
+            positions=positions.reshape(self.shape),
+            segment_ids=segment_ids.reshape(self.shape),
+            counted_tokens=int(np.count_nonzero(weights)),
+            real_tokens=real,
+            padded_tokens=rows * seq_len - real,
+        )
+
+    def _filled_rows(self, cursor: int) -> int:
+        if self.total_samples is None:
+            return self.batch_rows
+        return min(self.batch_rows, max(0, self.total_samples - cursor))
+
+
+def prefetch(
+    batches: Batches, start_cursor: int, num_steps: int, depth: int = 2
+) -> Iterator[tuple[int, Batch]]:
+    """(cursor, batch) of `num_steps` steps from `start_cursor` on, made by a thread up to `depth` steps ahead.
+
+    An error in the thread is raised here, in place of its batch. Closing the iterator ends the thread.
+    """
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as thread:
+        waiting: deque[tuple[int, Future[Batch]]] = deque()
+        for step in range(num_steps):
+            cursor = start_cursor + step * batches.batch_rows
+            waiting.append((cursor, thread.submit(batches.batch_at, cursor)))
+            if len(waiting) > depth:
+                yield _result(waiting)
+        while waiting:
+            yield _result(waiting)
+
+
+def _result(waiting: deque[tuple[int, Future[Batch]]]) -> tuple[int, Batch]:
+    cursor, future = waiting.popleft()
+    return cursor, future.result()
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """total_steps: optimizer steps. total_samples: records used, each pass counted; None: no end but the steps'."""
+
+    total_steps: int
+    total_samples: int | None
+
+
+def run_length(num_records: int, schedule: ScheduleSection, batch_rows: int) -> RunLength:
+    """How long a run is. By epochs, the last step is filled up with empty rows, so that a record counts exactly
+    `epochs` times; a part of an epoch is rounded up to a whole record. By max_steps, records repeat without end.
+    """
+    assert (schedule.epochs is None) != (schedule.max_steps is None), "exactly one of epochs and max_steps"
+    if schedule.max_steps is not None:
+        return RunLength(schedule.max_steps, None)
+    # The decimal number that was written: as a float, 0.1 epochs of 30 records would be 3.0000000000000004.
+    total_samples = math.ceil(Fraction(repr(schedule.epochs)) * num_records)
+    return RunLength(math.ceil(total_samples / batch_rows), total_samples)

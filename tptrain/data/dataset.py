@@ -1,0 +1,141 @@
+"""All records as tokens: tokenised once, held in flat arrays, every dropped or cut record counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedTokenizerFast
+
+from tptrain.config.schema import DataSection
+from tptrain.data.render import Rendered, check_columns, record_texts, render_many
+from tptrain.data.tokenizer import padding_id
+from tptrain.errors import raise_if_any, refuse
+
+TOO_LONG = "longer than seq_len"
+NOTHING_COUNTED = "no completion token within seq_len"
+_CHUNK = 1024  # records given to the tokenizer at a time: enough to keep its threads busy
+
+
+@dataclass(frozen=True)
+class TokenizedDataset:
+    """Rows of tokens, one after the other in flat arrays; N rows, S tokens in all.
+
+    ids:       int32 [S].
+    loss_mask: bool [S], True where the token counts in the loss.
+    offsets:   int64 [N + 1]; row i lies at [offsets[i], offsets[i + 1]).
+    pad_id:    the id that fills rows up.
+    """
+
+    ids: npt.NDArray[np.int32]
+    loss_mask: npt.NDArray[np.bool_]
+    offsets: npt.NDArray[np.int64]
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def row(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+        """Ids and loss mask of one row, as views."""
+        assert 0 <= index < len(self), index
+        span = slice(self.offsets[index], self.offsets[index + 1])
+        return self.ids[span], self.loss_mask[span]
+
+    @staticmethod
+    def of(rows: Sequence[Rendered], pad_id: int) -> TokenizedDataset:
+        offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+        np.cumsum([len(row.ids) for row in rows], out=offsets[1:])
+        return TokenizedDataset(
+            ids=np.concatenate([row.ids for row in rows]),
+            loss_mask=np.concatenate([row.loss_mask for row in rows]),
+            offsets=offsets,
+            pad_id=pad_id,
+        )
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of the records.
+
+    dropped:   reason -> records.
+    truncated: records kept without their end; EOS is lost with it.
+    tokens:    tokens of the kept records. counted: those among them that count in the loss.
+    """
+
+    records: int
+    kept: int
+    dropped: Mapping[str, int]
+    truncated: int
+    tokens: int
+    counted: int
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
+        dropped = f"{self.records - self.kept:,} dropped" + (f" ({reasons})" if reasons else "")
+        share = f"{self.counted:,} of them counted in the loss"
+        return (
+            f"{self.records:,} records: {self.kept:,} kept, {dropped}, "
+            f"{self.truncated:,} truncated; {self.tokens:,} tokens, {share}"
+        )
+
+
+def tokenize_records(
+    records: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerFast, section: DataSection
+) -> tuple[TokenizedDataset, Counts]:
+    """Render every record once. A record of at most seq_len tokens, EOS included, fits a row.
+
+    Raises ProblemsError when a column is missing or no record is left.
+    """
+    raise_if_any(check_columns(records, section))
+    kept: list[Rendered] = []
+    dropped: Counter[str] = Counter()
+    truncated, longest = 0, 0
+    for rendered in _render_all(records, tokenizer, section):
+        fitted = rendered if isinstance(rendered, str) else _fit(rendered, section)
+        if not isinstance(rendered, str):
+            longest = max(longest, len(rendered.ids))
+        if isinstance(fitted, str):
+            dropped[fitted] += 1
+            continue
+        truncated += fitted is not rendered
+        kept.append(fitted)
+    if not kept:
+        raise _nothing_left(section, dropped, longest)
+    dataset = TokenizedDataset.of(kept, padding_id(tokenizer))
+    counted = int(dataset.loss_mask.sum())
+    reasons = dict(sorted(dropped.items()))
+    return dataset, Counts(len(records), len(kept), reasons, truncated, len(dataset.ids), counted)
+
+
+def _render_all(
+    records: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerFast, section: DataSection
+) -> Iterable[Rendered | str]:
+    """A `Rendered` or a reason for each record, in order within the reasons and within the rest."""
+    remaining = iter(records)
+    while chunk := list(islice(remaining, _CHUNK)):
+        texts = [record_texts(record, section) for record in chunk]
+        yield from (text for text in texts if isinstance(text, str))
+        pairs = [text for text in texts if not isinstance(text, str)]
+        yield from render_many(tokenizer, [prompt for prompt, _ in pairs], [completion for _, completion in pairs])
+
+
+def _fit(row: Rendered, section: DataSection) -> Rendered | str:
+    """The row if it fits, its beginning if it is to be truncated, or the reason to drop it."""
+    if len(row.ids) <= section.seq_len:
+        return row
+    if section.too_long == "drop":
+        return TOO_LONG
+    mask = row.loss_mask[: section.seq_len]
+    return Rendered(row.ids[: section.seq_len], mask) if mask.any() else NOTHING_COUNTED
+
+
+def _nothing_left(section: DataSection, dropped: Mapping[str, int], longest: int) -> Exception:
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
+    too_long = {TOO_LONG, NOTHING_COUNTED} & set(dropped)
+    fix = f"data.seq_len={longest}" if too_long else "records whose prompt and completion are non-empty texts"
+    return refuse("data.path", section.path, "must leave a record to train on", f"dropped: {reasons}", fix)

@@ -1,0 +1,194 @@
+"""Records from where the user keeps them: a file, a folder, the hub, or the embedded generator."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tptrain.data import word_problems
+from tptrain.errors import Problem, ProblemsError, nearest, raise_if_any, refuse, unknown_name
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Record = dict[str, Any]
+
+_BUILTIN = "builtin:"
+_BUILTIN_SEED = 0
+_JSONL = (".jsonl", ".json", ".ndjson")
+_PARQUET = (".parquet",)
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+_LOCAL_COPY = "the path of a local JSONL or parquet file"
+
+
+def load_records(
+    path: str, subset: str | None, split: str, max_records: int | None, setting: str = "data.path"
+) -> list[Record]:
+    """The first `max_records` records (all of them if None) of a data set, each a dict of columns.
+
+    path:    a JSONL or parquet file, a folder saved by `datasets`, a hub id, or "builtin:word_problems".
+    subset:  configuration of a hub data set; a problem anywhere else, where it would do nothing.
+    split:   of a hub data set, a saved DatasetDict or a builtin. A file and a single saved Dataset have none.
+    setting: what to call `path` in problems; those about subset and split are named after its section.
+
+    Raises ProblemsError when the data cannot be found or read, or holds no record.
+    """
+    section = setting.rpartition(".")[0]
+    local = Path(path).expanduser()
+    on_hub = not path.startswith(_BUILTIN) and not local.exists()
+    if subset is not None and not on_hub:
+        other = f"{setting}={path} has no subsets"
+        raise refuse(f"{section}.subset", subset, "names a part of a hub data set", other, "none")
+    if path.startswith(_BUILTIN):
+        records = _builtin(path, split, max_records, setting)
+    elif local.is_dir():
+        records = _saved_folder(local, split, max_records, setting)
+    elif local.exists():
+        records = _file(local, max_records, setting)
+    elif _HUB_ID.match(path) and local.suffix not in (*_JSONL, *_PARQUET):
+        records = _hub(path, subset, split, max_records, setting)
+    else:
+        raise _missing(local, path, setting)
+    if not records:
+        raise refuse(setting, path, "must hold at least one record", "it holds 0", "a data set with records")
+    return records
+
+
+def _builtin(path: str, split: str, max_records: int | None, setting: str) -> list[Record]:
+    if path != f"{_BUILTIN}word_problems":
+        raise ProblemsError([unknown_name(setting, path, "builtin data set", [f"{_BUILTIN}word_problems"])])
+    if split == "train":
+        count, make = word_problems.TRAINING_RECORDS, word_problems.training_records
+    elif split == "test":
+        count, make = word_problems.HELD_OUT_RECORDS, word_problems.held_out_records
+    else:
+        raise _unknown_split(setting, split, ["train", "test"])
+    return [dict(record) for record in make(min(count, max_records or count), _BUILTIN_SEED)]
+
+
+def _file(path: Path, max_records: int | None, setting: str) -> list[Record]:
+    readers = {**dict.fromkeys(_JSONL, _jsonl), **dict.fromkeys(_PARQUET, _parquet)}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        rule, known = "must be a JSONL or parquet file", f"known endings: {', '.join(readers)}"
+        raise refuse(setting, path, rule, known, "a file with one of these endings")
+    try:
+        return reader(path, max_records, setting)
+    except OSError as error:
+        other = error.strerror or str(error)
+        raise refuse(setting, path, "must be readable", other, "a file that you may read") from error
+
+
+def _jsonl(path: Path, max_records: int | None, setting: str) -> list[Record]:
+    """One JSON object per line; blank lines are passed over. Reads no further than it needs."""
+    records: list[Record] = []
+    broken: list[str] = []
+    with path.open("rb") as lines:
+        filled = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+        for number, line in islice(filled, max_records):
+            parsed = _json_object(line)
+            if isinstance(parsed, str):
+                broken.append(f"line {number}: {parsed}")
+            else:
+                records.append(parsed)
+    if broken:
+        more = f", and {len(broken) - 1} more such lines" if len(broken) > 1 else ""
+        fix = f"valid JSON in {broken[0].partition(':')[0]}, or a file without it"
+        raise refuse(setting, path, "must hold one JSON object per line", f"{broken[0]}{more}", fix)
+    return records
+
+
+def _json_object(line: bytes) -> Record | str:
+    """The object that a line holds, or what is wrong with the line."""
+    try:
+        parsed = json.loads(line)
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 text at byte {error.start}"
+    except json.JSONDecodeError as error:
+        return f"{error.msg} at column {error.colno}"
+    return parsed if isinstance(parsed, dict) else f"a JSON {type(parsed).__name__}, not an object"
+
+
+def _parquet(path: Path, max_records: int | None, setting: str) -> list[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            rows: Iterator[Record] = (row for batch in file.iter_batches() for row in batch.to_pylist())
+            return list(islice(rows, max_records))
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
+        other = _first_line(error)
+        raise refuse(setting, path, "must be a parquet file", other, "a parquet file that is complete") from error
+
+
+def _saved_folder(folder: Path, split: str, max_records: int | None, setting: str) -> list[Record]:
+    import datasets
+
+    fix = "a folder written by datasets' save_to_disk, or a JSONL or parquet file"
+    is_saved = any((folder / name).exists() for name in ("dataset_dict.json", "state.json"))
+    if not is_saved:
+        found = sorted(path.name for path in folder.iterdir())
+        other = f"it holds {', '.join(found[:5]) or 'nothing'}"
+        raise refuse(setting, folder, "must be a folder saved by datasets", other, fix)
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    # What it raises for a damaged folder depends on the file: a missing one, broken JSON, a broken Arrow file.
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        other = f"{type(error).__name__}: {_first_line(error)}"
+        raise refuse(setting, folder, "must be a complete folder saved by datasets", other, fix) from error
+    if isinstance(saved, datasets.DatasetDict):
+        if split not in saved:
+            raise _unknown_split(setting, split, saved)
+        saved = saved[split]
+    return _rows(saved, max_records)
+
+
+def _hub(
+    path: str, subset: str | None, split: str, max_records: int | None, setting: str
+) -> list[Record]:
+    """A data set that `datasets` finds by its id: in its cache, or on the hub."""
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError
+
+    rule = "must be a file or folder that exists, or the id of a data set that can be fetched"
+    try:
+        available = datasets.load_dataset(path, subset, split=split)
+    except (datasets.exceptions.DatasetNotFoundError, OSError, HfHubHTTPError) as error:
+        other = f"no such path here; the hub: {_first_line(error)}"
+        raise refuse(setting, path, rule, other, f"{_LOCAL_COPY}, or an id while the hub can be reached") from error
+    except ValueError as error:  # a subset or split that the data set lacks; the message lists those it has
+        section = setting.rpartition(".")[0]
+        value = f"{path}, {section}.subset={subset}, {section}.split={split}"
+        fix = "a subset and a split that the data set has"
+        raise refuse(setting, value, "must have this subset and split", _first_line(error), fix) from error
+    return _rows(available, max_records)
+
+
+def _rows(dataset: Dataset, max_records: int | None) -> list[Record]:
+    if max_records is not None and max_records < len(dataset):
+        dataset = dataset.select(range(max_records))
+    rows: list[Record] = dataset.to_list()
+    return rows
+
+
+def _unknown_split(setting: str, split: str, known: Iterable[str]) -> ProblemsError:
+    return ProblemsError([unknown_name(f"{setting.rpartition('.')[0]}.split", split, "split", known)])
+
+
+def _missing(local: Path, path: str, setting: str) -> ProblemsError:
+    """A path that is not there: names the first part that is missing, and what was perhaps meant."""
+    present = next(parent for parent in local.absolute().parents if parent.exists())
+    missing = local.absolute().relative_to(present).parts[0]
+    siblings = [entry.name for entry in present.iterdir()] if present.is_dir() else []
+    guess = nearest(missing, siblings)
+    meant = f"{present / guess} (did you mean it?)" if guess else f"{_LOCAL_COPY} or a folder saved by datasets"
+    return refuse(setting, path, "must exist", f"{present} holds no {missing}", meant)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,131 @@
+"""Tokenizers: loading one, checking it against the model, and training a small one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from tptrain.config.schema import ModelSection
+from tptrain.errors import Problem, refuse
+
+BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+SMALLEST_VOCABULARY = 256 + 3  # every byte, and the three special tokens
+
+# Renders a chat as the gsm8k preset renders a record, so that a model trained on that preset can be chatted with.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}Question: {{ message['content'] }}\nAnswer:"
+    "{% elif message['role'] == 'assistant' %} {{ message['content'] }}{{ eos_token }}"
+    "{% else %}{{ message['content'] }}\n{% endif %}{% endfor %}"
+)
+
+
+def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerFast:
+    """The tokenizer that `model.tokenizer` names: a folder, a hub id, or the checkpoint's own.
+
+    Raises ProblemsError when it cannot be found or read, or cannot map tokens to characters ("train" is not
+    loaded but made, by `train_tokenizer`).
+    """
+    assert section.tokenizer != "train", "a tokenizer to be trained cannot be loaded"
+    setting, source = "model.tokenizer", section.tokenizer
+    if source == "pretrained":
+        if section.pretrained is None:
+            fix = '"train", or the folder or hub id of a tokenizer'
+            raise refuse(setting, source, "needs a checkpoint to take it from", "model.pretrained=none", fix)
+        setting, source = "model.pretrained", section.pretrained
+    rule, fix = "must hold a tokenizer", "model.tokenizer=FOLDER with tokenizer.json and tokenizer_config.json"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(_tokenizer_folder(source)))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        other = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise refuse(setting, source, rule, other, fix) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        rule = "must be a fast tokenizer, which knows the characters of each token"
+        raise refuse(setting, source, rule, f"it loads as {type(tokenizer).__name__}", fix)
+    return tokenizer
+
+
+def _tokenizer_folder(source: str) -> str | Path:
+    """A step of a run, RUN/checkpoints/STEP, has its tokenizer in RUN/assets; anything else has it inside."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return source
+    assets = folder.parent.parent / "assets"
+    return assets if folder.parent.name == "checkpoints" and assets.is_dir() else folder
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with every digit a token by itself, BOS in front of each text, and a chat template.
+
+    Few texts yield fewer than `vocab_size` tokens: the tokenizer is then smaller than the model's vocabulary,
+    which does no harm. The same texts in the same order give the same tokenizer.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        other = f"256 bytes and 3 special tokens: {SMALLEST_VOCABULARY}"
+        rule = "is too small to train a tokenizer for"
+        raise refuse("model.config.vocab_size", vocab_size, rule, other, f"{SMALLEST_VOCABULARY} or more")
+    bpe = Tokenizer(models.BPE())
+    digits = pre_tokenizers.Split(Regex(r"\p{N}"), "isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, bpe.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write a tokenizer that `train_tokenizer` made so that every transformers from 4 on reads it.
+
+    transformers 5 names a class in tokenizer_config.json that 4 does not know; both know the one written here.
+    """
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, vocab_size: int, setting: str = "model.tokenizer"
+) -> list[Problem]:
+    """What keeps a tokenizer from serving a model with `vocab_size` embeddings; a smaller tokenizer is fine."""
+    problems = []
+    name = tokenizer.name_or_path or "train"
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= vocab_size:
+        other = f"vocab_size={vocab_size}, the id of {token!r} is {largest}"
+        fix = f"the model's own tokenizer, or model.config.vocab_size={largest + 1} for a new model"
+        problems.append(Problem(setting, name, "must have no id beyond the model's vocabulary", other, fix))
+    if tokenizer.eos_token_id is None:
+        rule = "must have an end-of-sequence token, or the model never learns to stop"
+        fix = 'a tokenizer whose tokenizer_config.json has an "eos_token"'
+        problems.append(Problem(setting, name, rule, "its eos_token is none", fix))
+    return problems
+
+
+def padding_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The id that fills rows up: the pad token's, else EOS's.
+
+    Which one does not matter to training: padded positions are masked in attention and never counted in the loss.
+    """
+    pad = tokenizer.pad_token_id
+    return int(tokenizer.eos_token_id if pad is None else pad)

@@ -1,0 +1,73 @@
+"""The parameter table: one row per tensor of a model, named and laid out as in its safetensors files.
+
+Everything that touches parameters reads this table: initialisation, sharding, bytes per chip, import and
+export, the checkpoint's tree. Rows are plain data, so a table for a 70B model costs nothing to build.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+# The closed vocabulary of parameter dims. A rule table must speak about each one it meets.
+PARAM_DIMS = ("vocab", "embed", "heads", "kv_heads", "mlp", "norm", "layers")
+
+Init = Literal["normal", "ones", "zeros"]
+
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class ParamRow:
+    """One parameter tensor.
+
+    name:          the tensor's name in Hugging Face safetensors files.
+    dims:          a name from PARAM_DIMS for each dimension, in the file's layout (`[out, in]`).
+    size:          elements per dimension on disk.
+    padded_size:   elements per dimension in memory; larger than `size` only where `vocab` is padded.
+    init:          how a model that starts from random weights fills it.
+    decay:         whether weight decay applies (matrices yes; norms and biases no).
+    trainable:     whether the optimizer updates it.
+    storage_dtype: dtype of the master copy in memory and in checkpoints.
+    tied_to:       name of the row that stores the data of this one; None for a row with its own data.
+    """
+
+    name: str
+    dims: tuple[str, ...]
+    size: tuple[int, ...]
+    padded_size: tuple[int, ...]
+    init: Init = "normal"
+    decay: bool = True
+    trainable: bool = True
+    storage_dtype: str = "float32"
+    tied_to: str | None = None
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.size)
+
+    @property
+    def padded_bytes(self) -> int:
+        return math.prod(self.padded_size) * DTYPE_BYTES[self.storage_dtype]
+
+
+def matrix(name: str, dims: tuple[str, ...], size: tuple[int, ...]) -> ParamRow:
+    """A weight matrix: random normal at the start, with weight decay."""
+    return ParamRow(name, dims, size, size)
+
+
+def norm_scale(name: str, size: int) -> ParamRow:
+    """The scale of a norm: ones at the start, no weight decay."""
+    return ParamRow(name, ("norm",), (size,), (size,), init="ones", decay=False)
+
+
+def bias(name: str, dim: str, size: int) -> ParamRow:
+    """A bias vector: zeros at the start, no weight decay."""
+    return ParamRow(name, (dim,), (size,), (size,), init="zeros", decay=False)
+
+
+def stored_rows(table: Iterable[ParamRow]) -> tuple[ParamRow, ...]:
+    """The rows with data of their own: all but the tied ones."""
+    return tuple(row for row in table if row.tied_to is None)

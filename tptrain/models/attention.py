@@ -1,0 +1,73 @@
+"""Grouped-query attention with segments, windows and a static key-value cache.
+
+Shapes: B batch, T query tokens, S key tokens, N heads, K kv heads, G = N / K, H head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class KVCache:
+    """Keys and values of one layer for every position of a row: two of [B, S, K, H]."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+def causal_mask(segment_ids: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Who may look at whom in a row: segment_ids [B, T] -> bool [B, T, S=T].
+
+    A token sees itself and earlier tokens of its own segment, at most `window` of them. Padding is a
+    segment like any other (0), so every row of the mask allows something and no softmax is empty.
+    """
+    length = segment_ids.shape[1]
+    steps = torch.arange(length, device=segment_ids.device)
+    back = steps[:, None] - steps[None, :]
+    near = back >= 0 if window is None else (back >= 0) & (back < window)
+    return near[None] & (segment_ids[:, :, None] == segment_ids[:, None, :])
+
+
+def cache_mask(positions: torch.Tensor, cache_length: int, window: int | None) -> torch.Tensor:
+    """The same against a cache: queries at positions [B, T] -> bool [B, T, S], slot s holding position s."""
+    slots = torch.arange(cache_length, device=positions.device)
+    back = positions[:, :, None] - slots[None, None, :]
+    return back >= 0 if window is None else (back >= 0) & (back < window)
+
+
+def write_cache(cache: torch.Tensor, new: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Put new [B, T, K, H] into cache [B, S, K, H] at positions [B, T]; shapes stay as they are.
+
+    T = S writes the whole row (a padded prompt starts at position 0 and fills its slots in order); T = 1
+    selects by comparison, which stays local to each device where a scatter would not.
+    """
+    if new.shape[1] == 1:
+        slots = torch.arange(cache.shape[1], device=cache.device)
+        here = (slots[None, :] == positions)[:, :, None, None]
+        return torch.where(here, new.to(cache.dtype), cache)
+    return torch.cat([new.to(cache.dtype), cache[:, new.shape[1] :]], dim=1)
+
+
+def attention_weights(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Softmax over keys: query [B, T, N, H], key [B, S, K, H], mask bool [B, T, S] -> [B, K, G, T, S].
+
+    Scores are normalised in float32 or wider and returned in the input's format. Heads share keys by
+    grouping, so keys are never repeated in memory.
+    """
+    batch, tokens, heads, head_dim = query.shape
+    kv_heads = key.shape[2]
+    grouped = query.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim)
+    scores = torch.einsum("btkgh,bskh->bkgts", grouped, key) * scale
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    blocked = torch.finfo(wide.dtype).min
+    return torch.where(mask[:, None, None], wide, blocked).softmax(-1).to(query.dtype)
+
+
+def weighted_values(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """weights [B, K, G, T, S], value [B, S, K, H] -> [B, T, N, H]."""
+    return torch.einsum("bkgts,bskh->btkgh", weights, value).flatten(2, 3)

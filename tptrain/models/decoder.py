@@ -1,0 +1,197 @@
+"""The decoder: plain PyTorch modules whose parameters carry Hugging Face's names and layouts.
+
+Shapes: B batch, T tokens, D model, N heads, K kv heads, H head dim, F mlp, V vocab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tptrain.family import LayerKind, ModelFacts
+from tptrain.models.attention import KVCache, attention_weights, cache_mask, causal_mask, weighted_values, write_cache
+from tptrain.models.marks import Marks
+from tptrain.models.norms import RMSNorm
+from tptrain.models.rope import inverse_frequencies, rotate, rotation
+
+
+@dataclass
+class LayerContext:
+    """What every layer reads and none changes.
+
+    cos, sin:  [B, T, 1, H] of the rotary embedding.
+    masks:     window -> bool [B, T, S].
+    positions: [B, T], where a cached layer writes its keys and values.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    masks: dict[int | None, torch.Tensor]
+    positions: torch.Tensor
+
+
+class Attention(nn.Module):
+    """Self-attention with grouped queries and rotary embedding."""
+
+    def __init__(self, facts: ModelFacts, kind: LayerKind, marks: Marks):
+        super().__init__()
+        d, n, k, h = facts.hidden_size, facts.num_attention_heads, facts.num_key_value_heads, facts.head_dim
+        self.q_proj = nn.Linear(d, n * h, bias=facts.attention_bias)
+        self.k_proj = nn.Linear(d, k * h, bias=facts.attention_bias)
+        self.v_proj = nn.Linear(d, k * h, bias=facts.attention_bias)
+        self.o_proj = nn.Linear(n * h, d, bias=facts.attention_bias)
+        self.head_dim, self.window, self.marks = h, kind.window, marks
+
+    def forward(
+        self, x: torch.Tensor, context: LayerContext, cache: KVCache | None
+    ) -> tuple[torch.Tensor, KVCache]:
+        """x [B, T, D] -> [B, T, D], and the keys and values it attended to."""
+        query = rotate(self._heads(self.q_proj(x)), context.cos, context.sin)
+        key = rotate(self._heads(self.k_proj(x)), context.cos, context.sin)
+        value = self._heads(self.v_proj(x))
+        query = self.marks(query, "query", "act_batch", "act_tokens", "act_heads", "act_head_dim")
+        key = self.marks(key, "key", "act_batch", "act_tokens", "act_kv_heads", "act_head_dim")
+        value = self.marks(value, "value", "act_batch", "act_tokens", "act_kv_heads", "act_head_dim")
+        if cache is not None:
+            key = write_cache(cache.key, key, context.positions)
+            value = write_cache(cache.value, value, context.positions)
+        mask = context.masks[self.window]
+        weights = attention_weights(query, key, mask, self.head_dim**-0.5)
+        weights = self.marks(weights, "weights", "act_batch", "act_kv_heads", "act_group", "act_tokens", "act_keys")
+        output = weighted_values(weights, value)
+        output = self.marks(output, "attended", "act_batch", "act_tokens", "act_heads", "act_head_dim")
+        return self.o_proj(output.flatten(2)), KVCache(key, value)
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))
+
+
+class MLP(nn.Module):
+    """Gated MLP: down(silu(gate(x)) * up(x)), as in arXiv:2002.05202."""
+
+    def __init__(self, facts: ModelFacts, marks: Marks):
+        super().__init__()
+        d, f = facts.hidden_size, facts.intermediate_size
+        self.gate_proj = nn.Linear(d, f, bias=facts.mlp_bias)
+        self.up_proj = nn.Linear(d, f, bias=facts.mlp_bias)
+        self.down_proj = nn.Linear(f, d, bias=facts.mlp_bias)
+        self.marks = marks
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate = self.marks(self.gate_proj(x), "gate", "act_batch", "act_tokens", "act_mlp")
+        up = self.marks(self.up_proj(x), "up", "act_batch", "act_tokens", "act_mlp")
+        return self.down_proj(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """One decoder layer: attention and MLP, each on a normed input and added to the residual stream."""
+
+    def __init__(self, facts: ModelFacts, kind: LayerKind, marks: Marks):
+        super().__init__()
+        self.self_attn = Attention(facts, kind, marks)
+        self.mlp = MLP(facts, marks)
+        self.input_layernorm = RMSNorm(facts.hidden_size, facts.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(facts.hidden_size, facts.rms_norm_eps)
+        self.marks = marks
+
+    def forward(
+        self, x: torch.Tensor, context: LayerContext, cache: KVCache | None = None
+    ) -> tuple[torch.Tensor, KVCache]:
+        attended, cache = self.self_attn(self.input_layernorm(x), context, cache)
+        x = self.marks(x + attended, "after_attention", "act_batch", "act_tokens", "act_embed")
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return self.marks(x, "after_mlp", "act_batch", "act_tokens", "act_embed"), cache
+
+
+class LayerList(nn.ModuleList):
+    """The layers, run one after the other. A backend may put a scan in its place."""
+
+    def forward(
+        self, x: torch.Tensor, context: LayerContext, caches: Sequence[KVCache] | None = None
+    ) -> tuple[torch.Tensor, list[KVCache]]:
+        written = []
+        for index, layer in enumerate(self):
+            x, cache = layer(x, context, caches[index] if caches is not None else None)
+            written.append(cache)
+        return x, written
+
+
+class Body(nn.Module):
+    """Embedding, layers and final norm: what Hugging Face names `model`."""
+
+    def __init__(self, facts: ModelFacts, padded_vocab: int, marks: Marks):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(padded_vocab, facts.hidden_size)
+        period = facts.layer_period
+        kinds = [period[i % len(period)] for i in range(facts.num_hidden_layers)]
+        self.layers: nn.Module = LayerList(Block(facts, kind, marks) for kind in kinds)
+        self.norm = RMSNorm(facts.hidden_size, facts.rms_norm_eps)
+
+
+class Decoder(nn.Module):
+    """A causal language model. Build it on `meta` and run it with `torch.func.functional_call`.
+
+    padded_vocab: rows of the embedding and of the head in memory, at least facts.vocab_size; the logits of
+    the padding are the lowest finite number, so no probability ever falls on it.
+    """
+
+    def __init__(self, facts: ModelFacts, padded_vocab: int | None = None):
+        super().__init__()
+        self.facts = facts
+        self.padded_vocab = padded_vocab or facts.vocab_size
+        self.marks = Marks()
+        self.model = Body(facts, self.padded_vocab, self.marks)
+        if not facts.tie_word_embeddings:
+            self.lm_head = nn.Linear(facts.hidden_size, self.padded_vocab, bias=False)
+        # The one tensor that is neither a parameter nor computed from the batch.
+        self.register_buffer("rope_frequencies", torch.empty(facts.head_dim // 2), persistent=False)
+
+    def constants(self) -> dict[str, torch.Tensor]:
+        """Name -> host tensor of what the model needs beside its parameters."""
+        return {"rope_frequencies": inverse_frequencies(self.facts.rope, self.facts.head_dim)}
+
+    def forward(
+        self, tokens: torch.Tensor, positions: torch.Tensor, segment_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits [B, T, V] in the format of the parameters; all inputs are integers [B, T]."""
+        masks = {window: causal_mask(segment_ids, window) for window in self._windows()}
+        x, _ = self._run(tokens, positions, masks, None)
+        return self._logits(x)
+
+    def forward_cached(
+        self, tokens: torch.Tensor, positions: torch.Tensor, caches: Sequence[KVCache]
+    ) -> tuple[torch.Tensor, Sequence[KVCache]]:
+        """The same against caches: returns hidden states [B, T, D] after the final norm, and new caches."""
+        length = caches[0].key.shape[-3]
+        masks = {window: cache_mask(positions, length, window) for window in self._windows()}
+        return self._run(tokens, positions, masks, caches)
+
+    def _run(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        masks: dict[int | None, torch.Tensor],
+        caches: Sequence[KVCache] | None,
+    ) -> tuple[torch.Tensor, Sequence[KVCache]]:
+        x = self.marks(self.model.embed_tokens(tokens), "embedded", "act_batch", "act_tokens", "act_embed")
+        cos, sin = rotation(positions, self.rope_frequencies, x.dtype)
+        x, caches = self.model.layers(x, LayerContext(cos, sin, masks, positions), caches)
+        return self.model.norm(x), caches
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Hidden states [..., D] -> logits [..., V]."""
+        head = self.model.embed_tokens if self.facts.tie_word_embeddings else self.lm_head
+        logits = F.linear(x, head.weight)
+        if logits.ndim == 3:
+            logits = self.marks(logits, "logits", "act_batch", "act_tokens", "act_vocab")
+        if self.padded_vocab == self.facts.vocab_size:
+            return logits
+        is_real = torch.arange(self.padded_vocab, device=logits.device) < self.facts.vocab_size
+        return torch.where(is_real, logits, torch.finfo(logits.dtype).min)
+
+    def _windows(self) -> set[int | None]:
+        return {kind.window for kind in self.facts.layer_period}

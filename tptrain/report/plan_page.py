@@ -1,0 +1,171 @@
+"""A plan for people (`plan_page`) and for programs (`plan_json`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from tptrain.config.plan import Plan
+from tptrain.config.settings import settings, shown, value_of
+from tptrain.family import ParamRow, stored_rows
+from tptrain.mesh import Spec
+from tptrain.report.param_lines import ParamLine, param_lines, row_device_bytes
+
+# The master copy and AdamW's two moments have the same shape, format and spec.
+_STATE_COPIES = 3
+
+
+def num_parameters(plan: Plan) -> int:
+    """Trained numbers, padding not counted."""
+    return sum(row.num_elements for row in stored_rows(plan.table))
+
+
+def master_device_bytes(plan: Plan) -> int:
+    """Bytes of the master weights on one device, from the specs."""
+    sizes = plan.mesh.axis_sizes
+    return sum(row_device_bytes(row, plan.specs[row.name], sizes) for row in stored_rows(plan.table))
+
+
+def plan_page(plan: Plan) -> str:
+    """The plan as plain text: sentences with the derived numbers, notices, and the parameter table."""
+    sentences = [*_run_sentences(plan), *_size_sentences(plan)]
+    blocks = ["\n".join([f"Plan of {plan.recipe.name}", *(f"  {line}" for line in sentences)])]
+    if plan.notices:
+        blocks.append("\n".join(["Notices", *(f"  - {notice}" for notice in plan.notices)]))
+    blocks.append("\n".join(_table_lines(plan)))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _run_sentences(plan: Plan) -> list[str]:
+    recipe, topology = plan.recipe, plan.topology
+    slices = f", {topology.num_slices} slices" if topology.num_slices > 1 else ""
+    rows, tokens = recipe.data.batch_rows, recipe.data.batch_rows * recipe.data.seq_len
+    split = f", {recipe.optim.accumulation} micro-batches" if recipe.optim.accumulation > 1 else ""
+    per_device = plan.micro_rows // plan.batch_shards
+    model, weights = recipe.model, "random initialisation"
+    if model.pretrained is not None:
+        weights = f"weights from {model.pretrained}"
+    return [
+        f"Devices: {plan.num_devices} ({topology.name}{slices}), mesh {plan.mesh.describe()}, rules"
+        f" {plan.rules.name}, backend {recipe.backend}.",
+        f"Model: {plan.facts.family}, {num_parameters(plan):,} parameters in {plan.facts.num_hidden_layers}"
+        f" layers, {weights}, tokenizer {model.tokenizer}.",
+        f"Data: {recipe.data.path} ({recipe.data.preset}), seed {recipe.data.seed}.",
+        f"Step: {rows} rows x {recipe.data.seq_len} = {tokens:,} tokens{split}; {per_device}"
+        f" {'row' if per_device == 1 else 'rows'} at a time on each device.",
+        f"Schedule: {_length(plan)}, peak learning rate {shown(recipe.optim.learning_rate)},"
+        f" {recipe.schedule.warmup_steps} warm-up steps, then {recipe.schedule.kind}.",
+        f"Output: {plan.output_dir}; export: {plan.export_dir or 'none'}.",
+    ]
+
+
+def _length(plan: Plan) -> str:
+    schedule = plan.recipe.schedule
+    if schedule.max_steps is not None:
+        return f"{schedule.max_steps:,} steps"
+    return f"{shown(schedule.epochs)} epochs (steps are counted when the records are read)"
+
+
+def _size_sentences(plan: Plan) -> list[str]:
+    vocab, padded = plan.facts.vocab_size, plan.padded_vocab
+    padding = f"padded to {padded:,} in memory" if padded > vocab else "no padding needed"
+    master = master_device_bytes(plan)
+    hbm = plan.topology.chip.hbm_bytes
+    part = f", {100 * _STATE_COPIES * master / hbm:.1f} % of its {bytes_text(hbm)}" if hbm else ""
+    precision = plan.recipe.precision
+    return [
+        f"Vocabulary: {vocab:,}, {padding}.",
+        f"State per device: {bytes_text(_STATE_COPIES * master)}{part} (the {precision.master} weights and"
+        f" AdamW's two moments, without activations and gradients); compute in {precision.compute},"
+        f" remat {plan.recipe.remat.policy}.",
+    ]
+
+
+def bytes_text(count: float) -> str:
+    """512 B, 1.50 GiB."""
+    if count < 1024:
+        return f"{count:.0f} B"
+    units = ("KiB", "MiB", "GiB", "TiB")
+    power = min(int(math.log(count, 1024)), len(units))
+    return f"{count / 1024**power:.2f} {units[power - 1]}"
+
+
+def spec_text(spec: Spec) -> str:
+    """A spec as JAX writes it: P('tensor', 'fsdp'), P(None)."""
+    entries = []
+    for axes in spec:
+        if len(axes) > 1:
+            entries.append(f"({', '.join(repr(axis) for axis in axes)})")
+        else:
+            entries.append(repr(axes[0]) if axes else "None")
+    return f"P({', '.join(entries)})"
+
+
+def _size_text(line: ParamLine) -> str:
+    size = " x ".join(str(n) for n in line.row.size)
+    padded = " x ".join(str(n) for n in line.row.padded_size)
+    return size if size == padded else f"{size} (in memory {padded})"
+
+
+def _table_lines(plan: Plan) -> list[str]:
+    """The parameter table, columns as wide as their widest entry."""
+    lines = param_lines(plan.table, plan.specs, plan.mesh.axis_sizes)
+    head = ("parameter", "size", "spec", "elements", f"{plan.recipe.precision.master} per device")
+    body = [_line_cells(line) for line in lines]
+    total = ("total", "", "", f"{num_parameters(plan):,}", bytes_text(master_device_bytes(plan)))
+    widths = [max(len(cells[i]) for cells in [head, *body, total]) for i in range(len(head))]
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    tied = [f"{row.name} is tied to {row.tied_to}." for row in plan.table if row.tied_to]
+    body_text = [_padded(cells, widths) for cells in body]
+    return [_padded(head, widths), rule, *body_text, rule, _padded(total, widths), *tied]
+
+
+def _line_cells(line: ParamLine) -> tuple[str, ...]:
+    size, spec = _size_text(line), spec_text(line.spec)
+    return (line.name, size, spec, f"{line.num_elements:,}", bytes_text(line.device_bytes))
+
+
+def _padded(cells: tuple[str, ...], widths: list[int]) -> str:
+    left = [cell.ljust(width) for cell, width in zip(cells[:3], widths[:3], strict=True)]
+    right = [cell.rjust(width) for cell, width in zip(cells[3:], widths[3:], strict=True)]
+    return "  ".join([*left, *right]).rstrip()
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON data: every setting, every derived number, every row of the table."""
+    sizes = plan.mesh.axis_sizes
+    data = {
+        "recipe": {path: value_of(plan.recipe, setting) for path, setting in settings().items()},
+        "topology": plan.topology.name,
+        "num_devices": plan.num_devices,
+        "mesh": {"ici": plan.mesh.ici, "dcn": plan.mesh.dcn, "sizes": sizes},
+        "rules": plan.rules.name,
+        "facts": dataclasses.asdict(plan.facts),
+        "hf_config": dict(plan.hf_config),
+        "micro_rows": plan.micro_rows,
+        "rows_per_device": plan.micro_rows // plan.batch_shards,
+        "tokens_per_step": plan.recipe.data.batch_rows * plan.recipe.data.seq_len,
+        "padded_vocab": plan.padded_vocab,
+        "num_parameters": num_parameters(plan),
+        "master_bytes_per_device": master_device_bytes(plan),
+        "state_bytes_per_device": _STATE_COPIES * master_device_bytes(plan),
+        "output_dir": plan.output_dir,
+        "export_dir": plan.export_dir,
+        "notices": plan.notices,
+        "table": [_row_json(plan, row) for row in plan.table],
+    }
+    return {name: _plain(value) for name, value in data.items()}
+
+
+def _plain(value: Any) -> Any:
+    """The value with lists in place of tuples, as it would come back from a JSON file."""
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _row_json(plan: Plan, row: ParamRow) -> dict[str, Any]:
+    spec = plan.specs[row.name]
+    bytes_held = 0 if row.tied_to else row_device_bytes(row, spec, plan.mesh.axis_sizes)
+    return {**dataclasses.asdict(row), "spec": spec, "bytes_per_device": bytes_held}

@@ -1,0 +1,38 @@
+"""The learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+
+from tptrain.config.schema import OptimSection, ScheduleSection
+
+
+def learning_rate(step: int, total_steps: int, schedule: ScheduleSection, optim: OptimSection) -> float:
+    """The rate used by step `step`, counted from 1 to total_steps.
+
+    Warm-up rises linearly and reaches the peak at step `warmup_steps`; the decay reaches
+    `final_ratio` x peak at step `total_steps`.
+    """
+    peak = optim.learning_rate
+    if step <= schedule.warmup_steps:
+        return peak * step / schedule.warmup_steps
+    if schedule.kind == "constant":
+        return peak
+    decay_steps = max(total_steps - schedule.warmup_steps, 1)
+    progress = min((step - schedule.warmup_steps) / decay_steps, 1.0)
+    shape = 1 - progress if schedule.kind == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * (schedule.final_ratio + (1 - schedule.final_ratio) * shape)
+
+
+def step_scalars(
+    step: int, total_steps: int, schedule: ScheduleSection, optim: OptimSection
+) -> dict[str, float]:
+    """The numbers that change with the step (from 1); they are inputs of the compiled step.
+
+    bias_correction1 and 2 are 1 - beta^step of Adam (arXiv:1412.6980, algorithm 1).
+    """
+    return {
+        "learning_rate": learning_rate(step, total_steps, schedule, optim),
+        "bias_correction1": 1 - optim.beta1**step,
+        "bias_correction2": 1 - optim.beta2**step,
+    }

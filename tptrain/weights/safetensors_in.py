@@ -1,0 +1,102 @@
+"""Weights from a safetensors checkpoint, checked against the parameter table and read by slices."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from tptrain.errors import Problem, raise_if_any
+from tptrain.family.table import ParamRow, stored_rows
+from tptrain.weights.hf_files import WEIGHT_FILES, local_folder
+from tptrain.weights.safetensors_files import StoredTensor, open_checkpoint
+
+_FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+
+# Tables that older versions of transformers stored beside the parameters; they follow from the config.
+_NOT_PARAMETERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids)$")
+
+
+class SafetensorsSource:
+    """A TensorSource over a local folder or a hub id; tensors stay on disk until a slice is asked for.
+
+    The constructor opens every file and compares names, shapes and dtypes with the table. It raises one
+    ProblemsError that lists all missing, extra and misshapen tensors by name; no weights are read before
+    it passes, except to compare two tied tensors that are both in the files.
+
+    folder_or_hub_id: as `local_folder` takes it. setting: where the user gave it, for messages.
+    """
+
+    def __init__(
+        self, folder_or_hub_id: str | Path, table: Sequence[ParamRow], setting: str = "model.pretrained"
+    ):
+        folder = local_folder(folder_or_hub_id, setting, WEIGHT_FILES)
+        tensors = open_checkpoint(folder, setting)
+        self.folder = folder
+        self._tensors = _match(table, tensors)
+        raise_if_any(_problems(table, tensors, self._tensors, folder, setting))
+
+    def read(self, row: ParamRow, index: tuple[slice, ...]) -> torch.Tensor:
+        """The slice `index` of a row, in the dtype of the file, as a private CPU tensor."""
+        assert row.tied_to is None, f"{row.name} is tied to {row.tied_to} and has no data of its own"
+        return self._tensors[row.name].read(index)
+
+
+def _match(table: Sequence[ParamRow], tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Row name -> its tensor. A tied pair may be stored under either of its two names."""
+    found = {row.name: tensors[row.name] for row in stored_rows(table) if row.name in tensors}
+    for row in table:
+        if row.tied_to is not None and row.name in tensors:
+            found.setdefault(row.tied_to, tensors[row.name])
+    return found
+
+
+def _problems(
+    table: Sequence[ParamRow],
+    tensors: Mapping[str, StoredTensor],
+    found: Mapping[str, StoredTensor],
+    folder: Path,
+    setting: str,
+) -> list[Problem]:
+    """What is wrong with a checkpoint for this table: one problem per kind, each naming every tensor."""
+    rows = stored_rows(table)
+    known = {row.name for row in table}
+    missing = [row.name for row in rows if row.name not in found]
+    extra = [name for name in sorted(tensors) if name not in known and not _NOT_PARAMETERS.search(name)]
+    misshapen = [
+        f"{found[row.name].name} {list(found[row.name].shape)} in the file, {list(row.size)} in the model"
+        for row in rows
+        if row.name in found and found[row.name].shape != row.size
+    ]
+    wrong_dtype = [f"{t.name} {t.dtype}" for t in found.values() if t.dtype not in _FLOAT_DTYPES]
+    tied = [(row.name, row.tied_to) for row in table if row.tied_to is not None]
+    untied = [
+        f"{name} differs from {other}"
+        for name, other in tied
+        if name in tensors and other in tensors and not tensors[name].same_bits(tensors[other])
+    ]
+    config_or_weights = "a model.config that describes these weights, or weights that it describes"
+    kinds = [
+        (missing, "must hold every tensor of the model", f"missing of {len(rows)}", config_or_weights),
+        (extra, "must hold no tensor that the model lacks", "extra", config_or_weights),
+        (misshapen, "must hold tensors of the model's sizes", "misshapen", config_or_weights),
+        (
+            wrong_dtype,
+            "must hold floating-point tensors",
+            f"not {', '.join(_FLOAT_DTYPES)}",
+            "weights that are not quantized",
+        ),
+        (
+            untied,
+            "must hold equal tensors where the model ties them",
+            "unequal",
+            "model.config.tie_word_embeddings=false, or weights that are tied",
+        ),
+    ]
+    return [
+        Problem(setting, folder, rule, f"{len(names)} {label}: {', '.join(names)}", fix)
+        for names, rule, label, fix in kinds
+        if names
+    ]
