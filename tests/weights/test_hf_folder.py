@@ -218,7 +218,7 @@ def test_a_write_that_fails_is_a_problem_and_leaves_nothing(
 def test_what_was_written_is_read_back_before_it_is_published(
     tmp_path: Path, content: bytes, rule: str
 ) -> None:
-    """A disk that returns something else is imitated by changing the first file before the last is written."""
+    """A faulty disk is imitated by changing the first file before the last is written."""
     saved_model(tmp_path / "in")
     read = reader(tmp_path / "in")
 

@@ -23,7 +23,7 @@ def extract_answer(text: str) -> str | None:
 def exact_match(generated: str, reference: str) -> bool:
     """Whether a generated text gives the reference's final answer.
 
-    A reference without a final answer (any prompt and completion) is matched as a whole, outer whitespace aside.
+    A reference that has none (any other prompt and completion) is matched as a whole, outer whitespace aside.
     """
     wanted = extract_answer(reference)
     if wanted is None:

@@ -45,7 +45,8 @@ class Batch:
 class Batches:
     """The batches of a run: `batch_at(cursor)` depends on its argument only.
 
-    total_samples: samples of the whole run; rows at or beyond it are empty (no segment, no weight). None: no end.
+    total_samples: samples of the whole run; rows at or beyond it are empty (segment 0, weight 0).
+        None: no end.
     """
 
     def __init__(
@@ -59,7 +60,10 @@ class Batches:
         self.total_samples = total_samples
 
     def batch_at(self, cursor: int) -> Batch:
-        """The batch whose first row is global sample `cursor`; row r of micro-batch m is m * micro_rows + r later."""
+        """The batch whose first row is global sample `cursor`.
+
+        Row r of micro-batch m is sample cursor + m * micro_rows + r.
+        """
         rows, seq_len = self.batch_rows, self.shape[-1]
         tokens = np.full((rows, seq_len), self.dataset.pad_id, dtype=np.int32)
         targets = tokens.copy()
@@ -96,7 +100,7 @@ class Batches:
 def prefetch(
     batches: Batches, start_cursor: int, num_steps: int, depth: int = 2
 ) -> Iterator[tuple[int, Batch]]:
-    """(cursor, batch) of `num_steps` steps from `start_cursor` on, made by a thread up to `depth` steps ahead.
+    """(cursor, batch) of `num_steps` steps from `start_cursor` on; a thread makes them `depth` steps ahead.
 
     An error in the thread is raised here, in place of its batch. Closing the iterator ends the thread.
     """
@@ -118,15 +122,21 @@ def _result(waiting: deque[tuple[int, Future[Batch]]]) -> tuple[int, Batch]:
 
 @dataclass(frozen=True)
 class RunLength:
-    """total_steps: optimizer steps. total_samples: records used, each pass counted; None: no end but the steps'."""
+    """How long a run is.
+
+    total_steps:   optimizer steps.
+    total_samples: records used, counted once per pass; None: as many as the steps take.
+    """
 
     total_steps: int
     total_samples: int | None
 
 
 def run_length(num_records: int, schedule: ScheduleSection, batch_rows: int) -> RunLength:
-    """How long a run is. By epochs, the last step is filled up with empty rows, so that a record counts exactly
-    `epochs` times; a part of an epoch is rounded up to a whole record. By max_steps, records repeat without end.
+    """The length of a run by epochs or by steps, whichever the schedule gives.
+
+    By epochs, the last step is filled up with empty rows, so that each record counts exactly `epochs` times; a
+    part of an epoch is rounded up to a whole record. By max_steps, records repeat without end.
     """
     assert (schedule.epochs is None) != (schedule.max_steps is None), "exactly one of epochs and max_steps"
     if schedule.max_steps is not None:

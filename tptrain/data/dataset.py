@@ -120,8 +120,9 @@ def _render_all(
     while chunk := list(islice(remaining, _CHUNK)):
         texts = [record_texts(record, section) for record in chunk]
         yield from (text for text in texts if isinstance(text, str))
-        pairs = [text for text in texts if not isinstance(text, str)]
-        yield from render_many(tokenizer, [prompt for prompt, _ in pairs], [completion for _, completion in pairs])
+        prompts = [text[0] for text in texts if not isinstance(text, str)]
+        completions = [text[1] for text in texts if not isinstance(text, str)]
+        yield from render_many(tokenizer, prompts, completions)
 
 
 def _fit(row: Rendered, section: DataSection) -> Rendered | str:

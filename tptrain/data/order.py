@@ -1,7 +1,7 @@
 """Which record comes when: a pure function of (seed, cursor), with nothing to save and nothing to rewind.
 
-Grain's MapDataset gives this (a Feistel-like permutation of the index, seeded anew for each epoch): element i costs
-the same whatever i is, and no list of indices is held in memory.
+Grain's MapDataset gives this (a Feistel-like permutation of the index, seeded anew for each epoch): element i
+costs the same whatever i is, and no list of indices is held in memory.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 def sample_at(cursor: int, num_records: int, seed: int) -> int:
     """The record at global sample index `cursor`.
 
-    Samples [e * num_records, (e + 1) * num_records) are epoch e: a permutation of the records, another one for every
-    epoch and every seed.
+    Samples [e * num_records, (e + 1) * num_records) are epoch e: a permutation of the records, another one for
+    every epoch and every seed.
     """
     assert cursor >= 0, cursor
     # Grain's index shuffle counts in 32 bits.

@@ -1,7 +1,8 @@
 """One record to token ids and loss mask, together and exactly, or to the reason why it cannot be done.
 
-A preset turns a record into two texts, prompt and completion. Every preset ends in `render_many`, the one place where
-ids and mask are made; a preset that renders a conversation makes the same `Rendered`, and packing sees nothing else.
+A preset turns a record into two texts, prompt and completion, and `render_many` is the one place where ids and
+mask are made. A preset for conversations belongs beside it: whatever makes a `Rendered` can be tokenised, batched
+and packed, for nothing later looks at texts.
 """
 
 from __future__ import annotations
@@ -63,16 +64,16 @@ def render_many(
 ) -> list[Rendered | str]:
     """Ids and mask of each prompt and completion, or the reason (`BOUNDARY`) why the mask cannot be exact.
 
-    Prompt and completion are encoded as one text, by the tokenizer's own rules (BOS or not), and EOS is appended
-    unless the tokenizer did it. With one token per word and per space, and a tokenizer that begins with BOS:
+    Prompt and completion are encoded as one text, by the tokenizer's own rules (BOS or not), and EOS is
+    appended unless the tokenizer did it. With a token per word and space, and a tokenizer that begins with BOS:
 
         prompt "Question: 1+1?\\nAnswer:"   completion " 2"
         ids    BOS Question : _ 1 + 1 ? \\n Answer :   _ 2 EOS
         mask    0     0     0 0 0 0 0 0 0    0     0   1 1  1
 
-    The first ids must be those of the prompt encoded alone, which is what a server sends, and the characters of
-    no token may lie on both sides of the boundary. Anything else would make the model learn to continue a prompt
-    that it is never given.
+    The first ids must be those of the prompt encoded alone, which is what a server sends, and no token may have
+    characters on both sides of the boundary. Anything else would teach the model to continue a prompt that it
+    is never given.
     """
     texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     whole = _encode(tokenizer, texts)
@@ -96,7 +97,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, encoding: Encoding) -> list[i
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[Encoding]:
-    """Encodings, with the characters of each token. `verbose=False`: no warning about lengths, which are counted."""
+    """Encodings, with the characters of each token."""
+    # verbose=False: no warning about long texts, which are counted later.
     encoded = tokenizer(list(texts), return_token_type_ids=False, return_attention_mask=False, verbose=False)
     encodings: list[Encoding] = encoded.encodings
     return encodings
@@ -152,8 +154,10 @@ def check_columns(records: Iterable[Mapping[str, Any]], section: DataSection) ->
 
 
 def _passing_column(found: Sequence[str], setting: str) -> str:
-    fitting = [name for name, preset in PRESETS.items() if {preset.prompt_column, preset.completion_column} <= set(found)]
-    return f"data.preset={fitting[0]}" if fitting else f"data.{setting}=one of these"
+    for name, preset in PRESETS.items():
+        if preset.prompt_column in found and preset.completion_column in found:
+            return f"data.preset={name}"
+    return f"data.{setting}=one of these"
 
 
 def prompt_text(record: Mapping[str, Any], section: DataSection) -> str:

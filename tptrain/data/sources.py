@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tptrain.data import word_problems
-from tptrain.errors import Problem, ProblemsError, nearest, raise_if_any, refuse, unknown_name
+from tptrain.errors import ProblemsError, nearest, refuse, unknown_name
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -122,8 +122,8 @@ def _parquet(path: Path, max_records: int | None, setting: str) -> list[Record]:
             rows: Iterator[Record] = (row for batch in file.iter_batches() for row in batch.to_pylist())
             return list(islice(rows, max_records))
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
-        other = _first_line(error)
-        raise refuse(setting, path, "must be a parquet file", other, "a parquet file that is complete") from error
+        fix = "a parquet file that is complete"
+        raise refuse(setting, path, "must be a parquet file", _first_line(error), fix) from error
 
 
 def _saved_folder(folder: Path, split: str, max_records: int | None, setting: str) -> list[Record]:
@@ -137,7 +137,7 @@ def _saved_folder(folder: Path, split: str, max_records: int | None, setting: st
         raise refuse(setting, folder, "must be a folder saved by datasets", other, fix)
     try:
         saved = datasets.load_from_disk(str(folder))
-    # What it raises for a damaged folder depends on the file: a missing one, broken JSON, a broken Arrow file.
+    # What it raises for a damaged folder depends on the damage: a missing file, broken JSON, broken Arrow.
     except (OSError, ValueError, KeyError, TypeError) as error:
         other = f"{type(error).__name__}: {_first_line(error)}"
         raise refuse(setting, folder, "must be a complete folder saved by datasets", other, fix) from error
@@ -148,9 +148,7 @@ def _saved_folder(folder: Path, split: str, max_records: int | None, setting: st
     return _rows(saved, max_records)
 
 
-def _hub(
-    path: str, subset: str | None, split: str, max_records: int | None, setting: str
-) -> list[Record]:
+def _hub(path: str, subset: str | None, split: str, max_records: int | None, setting: str) -> list[Record]:
     """A data set that `datasets` finds by its id: in its cache, or on the hub."""
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
@@ -160,7 +158,8 @@ def _hub(
         available = datasets.load_dataset(path, subset, split=split)
     except (datasets.exceptions.DatasetNotFoundError, OSError, HfHubHTTPError) as error:
         other = f"no such path here; the hub: {_first_line(error)}"
-        raise refuse(setting, path, rule, other, f"{_LOCAL_COPY}, or an id while the hub can be reached") from error
+        fix = f"{_LOCAL_COPY}, or an id while the hub can be reached"
+        raise refuse(setting, path, rule, other, fix) from error
     except ValueError as error:  # a subset or split that the data set lacks; the message lists those it has
         section = setting.rpartition(".")[0]
         value = f"{path}, {section}.subset={subset}, {section}.split={split}"
@@ -186,8 +185,8 @@ def _missing(local: Path, path: str, setting: str) -> ProblemsError:
     missing = local.absolute().relative_to(present).parts[0]
     siblings = [entry.name for entry in present.iterdir()] if present.is_dir() else []
     guess = nearest(missing, siblings)
-    meant = f"{present / guess} (did you mean it?)" if guess else f"{_LOCAL_COPY} or a folder saved by datasets"
-    return refuse(setting, path, "must exist", f"{present} holds no {missing}", meant)
+    fix = f"{present / guess} (did you mean it?)" if guess else f"{_LOCAL_COPY}, or a hub id"
+    return refuse(setting, path, "must exist", f"{present} holds no {missing}", fix)
 
 
 def _first_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from tptrain.errors import Problem, refuse
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 SMALLEST_VOCABULARY = 256 + 3  # every byte, and the three special tokens
 
-# Renders a chat as the gsm8k preset renders a record, so that a model trained on that preset can be chatted with.
+# Renders a chat as the gsm8k preset renders a record, so that a model trained on that preset can chat.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}Question: {{ message['content'] }}\nAnswer:"
@@ -37,7 +37,8 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerFast:
             fix = '"train", or the folder or hub id of a tokenizer'
             raise refuse(setting, source, "needs a checkpoint to take it from", "model.pretrained=none", fix)
         setting, source = "model.pretrained", section.pretrained
-    rule, fix = "must hold a tokenizer", "model.tokenizer=FOLDER with tokenizer.json and tokenizer_config.json"
+    rule = "must hold a tokenizer"
+    fix = "model.tokenizer=FOLDER with tokenizer.json and tokenizer_config.json"
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(_tokenizer_folder(source)))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -95,7 +96,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write a tokenizer that `train_tokenizer` made so that every transformers from 4 on reads it.
 
-    transformers 5 names a class in tokenizer_config.json that 4 does not know; both know the one written here.
+    transformers 5 names a class in tokenizer_config.json that 4 does not know; both know the one put here.
     """
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
@@ -107,7 +108,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 def check_tokenizer(
     tokenizer: PreTrainedTokenizerFast, vocab_size: int, setting: str = "model.tokenizer"
 ) -> list[Problem]:
-    """What keeps a tokenizer from serving a model with `vocab_size` embeddings; a smaller tokenizer is fine."""
+    """What keeps a tokenizer from serving a model of `vocab_size` embeddings; a smaller tokenizer is fine."""
     problems = []
     name = tokenizer.name_or_path or "train"
     token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
@@ -125,7 +126,7 @@ def check_tokenizer(
 def padding_id(tokenizer: PreTrainedTokenizerFast) -> int:
     """The id that fills rows up: the pad token's, else EOS's.
 
-    Which one does not matter to training: padded positions are masked in attention and never counted in the loss.
+    Which one does not matter: padded positions are masked in attention and never counted in the loss.
     """
     pad = tokenizer.pad_token_id
     return int(tokenizer.eos_token_id if pad is None else pad)

@@ -160,7 +160,7 @@ class Decoder(nn.Module):
         """Logits [B, T, V] in the format of the parameters; all inputs are integers [B, T]."""
         masks = {window: causal_mask(segment_ids, window) for window in self._windows()}
         x, _ = self._run(tokens, positions, masks, None)
-        return self._logits(x)
+        return self.logits(x)
 
     def forward_cached(
         self, tokens: torch.Tensor, positions: torch.Tensor, caches: Sequence[KVCache]
@@ -182,7 +182,7 @@ class Decoder(nn.Module):
         x, caches = self.model.layers(x, LayerContext(cos, sin, masks, positions), caches)
         return self.model.norm(x), caches
 
-    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Hidden states [..., D] -> logits [..., V]."""
         head = self.model.embed_tokens if self.facts.tie_word_embeddings else self.lm_head
         logits = F.linear(x, head.weight)

@@ -48,7 +48,7 @@ def collect_assets(
     The folder is complete or absent. Raises ProblemsError if `out` exists or cannot be written, or if
     `tokenizer_folder` holds no tokenizer.
     """
-    out = Path(out)
+    out = Path(out).expanduser()
     if tokenizer_folder is not None:
         require_tokenizer(tokenizer_folder, "model.tokenizer")
     own_tokenizer = _same(tokenizer_folder, checkpoint_folder)

@@ -52,7 +52,7 @@ def check_export_target(
 
     needed_bytes: from `export_bytes`. free_bytes: room on the disk; None to ask the disk.
     """
-    return target_problems(Path(path), setting, needed_bytes, free_bytes)
+    return target_problems(Path(path).expanduser(), setting, needed_bytes, free_bytes)
 
 
 def plan_shards(table: Sequence[ParamRow], dtype: str, max_shard_bytes: int) -> tuple[Shard, ...]:
@@ -98,7 +98,7 @@ def export_folder(
     absent. Raises ProblemsError if `out` exists, cannot be written or lacks room, if `assets` has no
     tokenizer, or if a value does not fit into `dtype`; whatever `read` raises passes through.
     """
-    out = Path(out)
+    out = Path(out).expanduser()
     if assets is not None:
         require_tokenizer(assets, "assets")
     raise_if_any(check_export_target(out, setting, export_bytes(table, dtype, assets)))
@@ -142,12 +142,14 @@ def _write_shard(folder: Path, shard: Shard, read: RowReader, dtype: str, out: P
 
 def _cast(row: ParamRow, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
     assert tensor.shape == row.size, f"{row.name}: read {list(tensor.shape)}, not {list(row.size)}"
+    limit = torch.finfo(getattr(torch, dtype)).max
+    if limit < torch.finfo(tensor.dtype).max:
+        low, high = (bound.item() for bound in tensor.detach().aminmax())
+        if limit < max(-low, high) < float("inf"):
+            other = f"{row.name} has {max(-low, high):.6g}, the largest {dtype} is {limit:.6g}"
+            fix = "'bfloat16' or 'float32'"
+            raise refuse("export.dtype", dtype, "must be able to hold every weight", other, fix)
     cast = tensor.detach().to(getattr(torch, dtype)).contiguous()
-    if not cast.isfinite().all() and tensor.isfinite().all():
-        largest = f"{row.name} has {tensor.abs().max().item():.6g}"
-        limit = f"the largest {dtype} is {torch.finfo(cast.dtype).max:.6g}"
-        fix = "'bfloat16' or 'float32'"
-        raise refuse("export.dtype", dtype, "must be able to hold every weight", f"{largest}, {limit}", fix)
     # save_file refuses tensors that share storage, as two views of one buffer do.
     return cast if cast.untyped_storage().nbytes() == cast.nbytes else cast.clone()
 

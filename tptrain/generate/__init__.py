@@ -1,0 +1,1 @@
+"""Greedy generation with static shapes: two compiled programs, whatever the prompts."""
