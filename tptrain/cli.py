@@ -63,7 +63,7 @@ def _told(command: Callable[[], int]) -> int:
 
 
 def _dispatch(args: list[str]) -> int:
-    if not args or args[0] in _HELP:
+    if not args or args[0] in _HELP or _is_bare_help(args):
         print(USAGE, end="")
         return _OK if args else _REFUSED
     if args[0] == "--version":
@@ -73,6 +73,11 @@ def _dispatch(args: list[str]) -> int:
     if command is None:
         raise ProblemsError([_unknown_command(args[0])])
     return command(args[1:])
+
+
+def _is_bare_help(args: list[str]) -> bool:
+    """`tptrain plan --help`, with no recipe whose settings could be shown."""
+    return args[0] in ("plan", "train") and len(args) == 2 and args[1] in _HELP
 
 
 def _unknown_command(word: str) -> Problem:
@@ -98,7 +103,7 @@ def _train_command(args: list[str]) -> int:
 
 
 def _generate_command(args: list[str]) -> int:
-    from tptrain.generate import main as generate_main
+    from tptrain.generate.command import main as generate_main
 
     return generate_main(args)
 
@@ -113,9 +118,6 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
 def _recipe_and_overrides(command: str, args: list[str]) -> tuple[Recipe, list[str]]:
     """The recipe named by the first argument that is neither an override nor an option, and the rest."""
     named = [i for i, arg in enumerate(args) if "=" not in arg and not arg.startswith("-")]
-    if not named and _asks_help(args):
-        print(USAGE, end="")
-        sys.exit(_OK)
     if not named:
         fix = f"tptrain {command} recipes/tiny_gsm8k.py"
         raise refuse("recipe", "none", "is required", f"arguments: {' '.join(args) or 'none'}", fix)

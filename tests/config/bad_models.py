@@ -22,6 +22,11 @@ MESHES = [
         ("mesh.data=3",), mended=("mesh.data=2",),
     ),
     BadInput(
+        "rows of a mesh that cannot be filled are not judged",
+        "mesh.data", "3", "must divide the devices per slice", "product 3", "mesh.data=1 or 2 or 4 or 8",
+        ("mesh.data=3", "data.batch_rows=32"), mended=("mesh.data=2", "data.batch_rows=32"),
+    ),
+    BadInput(
         "two open axes",
         "mesh.data, mesh.fsdp", -1, "at most one axis may be -1", "2 are", "-1 for data only",
         ("mesh.data=-1",), mended=("mesh.data=-1", "mesh.fsdp=1"),
@@ -78,6 +83,12 @@ MESHES = [
         "rows that do not split over the devices",
         "data.batch_rows", 20, "every device of the batch axes as many rows", "data=1 x fsdp=8", "16 or 24",
         ("data.batch_rows=20",), mended=("data.batch_rows=24",),
+    ),
+    BadInput(
+        "micro-batches that do not split over the devices",
+        "data.batch_rows", 48, "every device of the batch axes as many rows", "so 12 rows at a time",
+        "32 or 64",
+        ("optim.accumulation=4",), mended=("optim.accumulation=4", "data.batch_rows=64"),
     ),
     BadInput(
         "fewer rows than devices",

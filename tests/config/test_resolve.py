@@ -103,6 +103,14 @@ def test_a_mesh_either_divides_or_its_advice_does(devices: int, data: int, tenso
     assert 4 % plan.mesh.axis_sizes["tensor"] == 0
 
 
+def test_advice_fits_the_axes_that_are_fixed() -> None:
+    """Of the sizes that divide the heads, only those are named that the other axes leave room for."""
+    with pytest.raises(ProblemsError) as caught:
+        _plan("mesh.data=2", "mesh.fsdp=1", "mesh.tensor=8")
+    assert [p.fix for p in caught.value.problems if p.rule == "must divide num_key_value_heads"] == ["4"]
+    assert _plan("mesh.data=2", "mesh.fsdp=1", "mesh.tensor=4").num_devices == 8
+
+
 def test_all_problems_at_once() -> None:
     found = _refused(
         *("mesh.tensor=8", "data.seq_len=900", "schedule.epochs=1", "resume=sometimes", "mesh.context=2"),

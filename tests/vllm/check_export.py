@@ -14,8 +14,8 @@ End-of-sequence tokens do not end a generation, neither here (`ignore_eos`) nor 
 TOKENS tokens, so 20 prompts give 640 to compare however soon the model would have stopped. Stop tokens are therefore
 not tested by this script.
 
-Every problem is printed on a line of its own. The last line is JSON with the counts, whether or not there were any.
-Exit status: 0 no problem, 1 some.
+Every problem is printed on a line of its own. The last line is JSON with the counts, whether or not there were any; only
+a folder that vLLM cannot load ends the check before that. Exit status: 0 no problem, 1 some.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TypedDict
 
@@ -37,7 +38,7 @@ VLLM_SETTINGS = {
     # multiprocessing from ever ending: it waits for them before vLLM gets to stop them.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
@@ -74,8 +75,13 @@ def generate_in_child(
     folder: Path, dtype: str, prompts: list[str] | list[list[int]], max_model_len: int
 ) -> list[Generated]:
     """`generate` in a fresh process, so that two models never share memory, threads or environment variables."""
+    if not (folder / "config.json").is_file():
+        raise SystemExit(f"{folder} is not a model folder: it has no config.json")
     with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as child:
-        return child.submit(generate, str(folder), dtype, prompts, max_model_len).result()
+        try:
+            return child.submit(generate, str(folder), dtype, prompts, max_model_len).result()
+        except Exception as error:  # whatever stops vLLM means that the folder cannot be served
+            raise SystemExit(f"vLLM cannot serve {folder} in {dtype}: {type(error).__name__}: {error}") from error
 
 
 def compare(generated: list[Generated], references: list[Reference]) -> tuple[int, int, list[str]]:
@@ -109,9 +115,11 @@ def check_text(generated: list[Generated], references: list[Reference]) -> list[
     problems = []
     for index, (ours, reference) in enumerate(zip(generated, references, strict=True)):
         if ours.prompt_ids != reference["prompt_ids"]:
+            pairs = enumerate(zip_longest(ours.prompt_ids, reference["prompt_ids"]))
+            position, (token, wanted) = next(pair for pair in pairs if pair[1][0] != pair[1][1])
             problems.append(
-                f"bfloat16, prompt {index}: vLLM reads the text as tokens {ours.prompt_ids},"
-                f" transformers as {reference['prompt_ids']}"
+                f"bfloat16, prompt {index}: vLLM reads the text as {len(ours.prompt_ids)} tokens, transformers as"
+                f" {len(reference['prompt_ids'])}; at position {position} they read {token} and {wanted}"
             )
         if len(ours.token_ids) != TOKENS:
             problems.append(f"bfloat16, prompt {index}: vLLM generated {len(ours.token_ids)} tokens, not {TOKENS}")

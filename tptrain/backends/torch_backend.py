@@ -35,6 +35,7 @@ class EagerStep:
 
     def __init__(self, function: StepFunction):
         self._function = function
+        self.trace_seconds = self.compile_seconds = 0.0
 
     def __call__(self, state: Tensors, inputs: Tensors) -> tuple[Tensors, Tensors]:
         return self._function(state, inputs)

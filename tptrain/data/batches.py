@@ -135,8 +135,8 @@ class RunLength:
 def run_length(num_records: int, schedule: ScheduleSection, batch_rows: int) -> RunLength:
     """The length of a run by epochs or by steps, whichever the schedule gives.
 
-    By epochs, the last step is filled up with empty rows, so that each record counts exactly `epochs` times; a
-    part of an epoch is rounded up to a whole record. By max_steps, records repeat without end.
+    By epochs, the last step is filled up with empty rows, so that each record counts exactly `epochs` times;
+    a part of an epoch is rounded up to a whole record. By max_steps, records repeat without end.
     """
     assert (schedule.epochs is None) != (schedule.max_steps is None), "exactly one of epochs and max_steps"
     if schedule.max_steps is not None:

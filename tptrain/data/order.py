@@ -13,8 +13,8 @@ from typing import Any
 def sample_at(cursor: int, num_records: int, seed: int) -> int:
     """The record at global sample index `cursor`.
 
-    Samples [e * num_records, (e + 1) * num_records) are epoch e: a permutation of the records, another one for
-    every epoch and every seed.
+    Samples [e * num_records, (e + 1) * num_records) are epoch e: a permutation of the records, another one
+    for every epoch and every seed.
     """
     assert cursor >= 0, cursor
     # Grain's index shuffle counts in 32 bits.

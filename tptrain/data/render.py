@@ -1,7 +1,7 @@
 """One record to token ids and loss mask, together and exactly, or to the reason why it cannot be done.
 
-A preset turns a record into two texts, prompt and completion, and `render_many` is the one place where ids and
-mask are made. A preset for conversations belongs beside it: whatever makes a `Rendered` can be tokenised, batched
+A preset turns a record into two texts, prompt and completion, and `render_many` is the one place where ids
+and mask are made. A preset for conversations belongs beside it: whatever makes a `Rendered` can be batched
 and packed, for nothing later looks at texts.
 """
 
@@ -65,15 +65,15 @@ def render_many(
     """Ids and mask of each prompt and completion, or the reason (`BOUNDARY`) why the mask cannot be exact.
 
     Prompt and completion are encoded as one text, by the tokenizer's own rules (BOS or not), and EOS is
-    appended unless the tokenizer did it. With a token per word and space, and a tokenizer that begins with BOS:
+    appended unless the tokenizer did it. With a token per word and space, and BOS in front:
 
         prompt "Question: 1+1?\\nAnswer:"   completion " 2"
-        ids    BOS Question : _ 1 + 1 ? \\n Answer :   _ 2 EOS
-        mask    0     0     0 0 0 0 0 0 0    0     0   1 1  1
+        ids    BOS Question : _ 1 + 1 ? \\n Answer :    _ 2 EOS
+        mask    0     0     0 0 0 0 0 0  0    0   0    1 1  1
 
-    The first ids must be those of the prompt encoded alone, which is what a server sends, and no token may have
-    characters on both sides of the boundary. Anything else would teach the model to continue a prompt that it
-    is never given.
+    The first ids must be those of the prompt encoded alone, which is what a server sends, and no token may
+    have characters on both sides of the boundary. Anything else would teach the model to continue a prompt
+    that it is never given.
     """
     texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     whole = _encode(tokenizer, texts)

@@ -29,7 +29,7 @@ def master_device_bytes(plan: Plan) -> int:
 
 def plan_page(plan: Plan) -> str:
     """The plan as plain text: sentences with the derived numbers, notices, and the parameter table."""
-    sentences = [*_run_sentences(plan), *_size_sentences(plan)]
+    sentences = [*run_sentences(plan), *size_sentences(plan)]
     blocks = ["\n".join([f"Plan of {plan.recipe.name}", *(f"  {line}" for line in sentences)])]
     if plan.notices:
         blocks.append("\n".join(["Notices", *(f"  - {notice}" for notice in plan.notices)]))
@@ -37,7 +37,7 @@ def plan_page(plan: Plan) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def _run_sentences(plan: Plan) -> list[str]:
+def run_sentences(plan: Plan) -> list[str]:
     recipe, topology = plan.recipe, plan.topology
     slices = f", {topology.num_slices} slices" if topology.num_slices > 1 else ""
     rows, tokens = recipe.data.batch_rows, recipe.data.batch_rows * recipe.data.seq_len
@@ -67,7 +67,7 @@ def _length(plan: Plan) -> str:
     return f"{shown(schedule.epochs)} epochs (steps are counted when the records are read)"
 
 
-def _size_sentences(plan: Plan) -> list[str]:
+def size_sentences(plan: Plan) -> list[str]:
     vocab, padded = plan.facts.vocab_size, plan.padded_vocab
     padding = f"padded to {padded:,} in memory" if padded > vocab else "no padding needed"
     master = master_device_bytes(plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import MutableMapping
 
@@ -15,7 +16,6 @@ def set_environment(topology: Topology, environ: MutableMapping[str, str]) -> No
     torch_xla owns the chips; JAX, which writes the checkpoints, stays on the CPU beside it.
     """
     environ["JAX_PLATFORMS"] = "cpu"
-    environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA announces the end of GSPMD at every compile
     environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if topology.name.startswith("cpu-"):
         environ["PJRT_DEVICE"] = "CPU"
@@ -41,4 +41,6 @@ def use_full_float32() -> None:
     """Have float32 matrix products computed in float32; the TPU's own default rounds inputs to bfloat16."""
     import torch_xla.backends
 
+    # It warns about being called at all, since the runtime has set a default before.
+    logging.getLogger("torch_xla.backends").setLevel(logging.ERROR)
     torch_xla.backends.set_mat_mul_precision("highest")

@@ -1,0 +1,53 @@
+"""The backend of a plan. The frameworks are imported here and not before, so planning stays light."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from tptrain.backends.base import Backend
+from tptrain.config.plan import Plan
+
+
+def make_backend(plan: Plan) -> Backend:
+    """Open the devices of the plan and return the backend on them; once per process.
+
+    Raises ProblemsError when the devices are not those of the plan's topology.
+    """
+    quiet_libraries()
+    from tptrain.jaxside.process import setup_jax
+
+    setup_jax(plan.num_devices)
+    if plan.recipe.backend == "torch":
+        from tptrain.backends.torch_backend import TorchBackend
+
+        return TorchBackend(plan)
+    from tptrain.backends.xla.process import setup_process, use_full_float32
+
+    setup_process(plan.topology)
+    if plan.recipe.precision.compute == "float32":
+        use_full_float32()
+    from tptrain.backends.xla.backend import XlaBackend
+
+    return XlaBackend(plan, runtime_order(plan))
+
+
+def quiet_libraries() -> None:
+    """Silence messages that a user can do nothing about; call it before the libraries are imported.
+
+    XLA announces the end of GSPMD at every compile, and JAX would set the level that lets it.
+    """
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "0") < "2":
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+    logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+def runtime_order(plan: Plan) -> tuple[int, ...]:
+    """The runtime's ordinals in mesh order: JAX's order of the topology, found again by coordinates."""
+    import torch_xla.runtime as xr
+
+    from tptrain.jaxside.device_order import device_order, match_devices
+
+    devices = plan.topology.devices()
+    ordered = [devices[i] for i in device_order(plan.topology, plan.mesh.ici, plan.mesh.dcn)]
+    return match_devices(ordered, xr.global_runtime_device_attributes())

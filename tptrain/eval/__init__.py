@@ -1,0 +1,1 @@
+"""Does the tuned model answer better than the one it started from?"""

@@ -1,0 +1,109 @@
+"""`tptrain generate RUN_OR_FOLDER PROMPT`: one answer from a run, a checkpoint step or a model folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tptrain.backends.base import Backend, Tensors
+from tptrain.backends.make import make_backend
+from tptrain.ckpt.checkpointer import PARAMS, Checkpointer
+from tptrain.ckpt.reading import find_step, is_step_folder
+from tptrain.config.overrides import apply_overrides
+from tptrain.config.plan import Plan
+from tptrain.config.planning import plan_recipe
+from tptrain.config.schema import (
+    DataSection,
+    ExportSection,
+    ModelSection,
+    PrecisionSection,
+    Recipe,
+    ScheduleSection,
+)
+from tptrain.data.render import encode_prompt
+from tptrain.data.tokenizer import load_tokenizer
+from tptrain.errors import refuse
+from tptrain.generate.decoding import Generator
+from tptrain.weights import SafetensorsSource
+from tptrain.weights.hf_json import read_json
+
+USAGE = """\
+usage: tptrain generate RUN_OR_FOLDER PROMPT [max_new_tokens=256] [setting=value ...]
+
+RUN_OR_FOLDER  a run's folder (its newest checkpoint), a step RUN/checkpoints/STEP, or a model folder
+PROMPT         the text to go on from, as the model was trained to see it
+setting=value  settings of a recipe, such as mesh.tensor=2, precision.compute=bfloat16, backend=torch
+"""
+
+_DEFAULT_NEW_TOKENS = 256
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the answer to one prompt. Returns the exit code."""
+    if not argv or argv[0] in ("--help", "-h"):
+        print(USAGE, end="")
+        return 0
+    if len(argv) < 2 or "=" in argv[0]:
+        raise refuse("arguments", " ".join(argv), "must be a folder and a prompt", "see --help", "RUN 'prompt'")
+    folder, prompt, options = Path(argv[0]).expanduser(), argv[1], list(argv[2:])
+    new_tokens = _take_new_tokens(options)
+    print(answer(folder, prompt, new_tokens, options))
+    return 0
+
+
+def _take_new_tokens(options: list[str]) -> int:
+    """Remove `max_new_tokens=N` from the options and return N."""
+    for option in options:
+        key, _, value = option.partition("=")
+        if key == "max_new_tokens":
+            options.remove(option)
+            if not value.isdigit() or int(value) < 1:
+                raise refuse(key, value, "must be a whole number above 0", "smallest: 1", "64")
+            return int(value)
+    return _DEFAULT_NEW_TOKENS
+
+
+def answer(folder: Path, prompt: str, new_tokens: int, overrides: Sequence[str] = ()) -> str:
+    """The greedy continuation of `prompt` by the model in `folder`."""
+    source = folder if (folder / "config.json").exists() else find_step(folder, "model")
+    plan = plan_recipe(apply_overrides(_recipe(source), overrides))
+    tokenizer = load_tokenizer(plan.recipe.model)
+    ids = encode_prompt(tokenizer, prompt)
+    if not ids:
+        raise refuse("prompt", repr(prompt), "must have at least one token", "it has 0", "a text")
+    backend = make_backend(plan)
+    room = plan.facts.max_position_embeddings - len(ids)
+    generator = Generator(backend, plan, 1, len(ids), max(min(new_tokens, room), 1), _stop_ids(source, tokenizer))
+    (generated,) = generator.generate(_weights(plan, backend, source), [ids])
+    return tokenizer.decode(generated, skip_special_tokens=True).strip()
+
+
+def _recipe(source: Path) -> Recipe:
+    """What generating needs of a recipe; training sections keep their defaults and do nothing."""
+    return Recipe(
+        name="generate",
+        model=ModelSection(pretrained=str(source)),
+        data=DataSection(path="none", batch_rows=1024, seq_len=2),
+        schedule=ScheduleSection(max_steps=1),
+        precision=PrecisionSection(compute="float32"),
+        export=ExportSection(enabled=False),
+    )
+
+
+def _weights(plan: Plan, backend: Backend, source: Path) -> Tensors:
+    if not is_step_folder(source):
+        return backend.place(SafetensorsSource(str(source), plan.table))
+    checkpointer = Checkpointer(plan, backend, source.parent)
+    try:
+        return checkpointer.restore_part(source, PARAMS, "model")
+    finally:
+        checkpointer.close()
+
+
+def _stop_ids(source: Path, tokenizer: object) -> list[int]:
+    """The stop tokens that the folder's generation_config.json names, and the tokenizer's EOS."""
+    folder = source.parent.parent / "assets" if is_step_folder(source) else source
+    path = folder / "generation_config.json"
+    named = read_json(path, "model").get("eos_token_id") if path.exists() else None
+    stops = named if isinstance(named, list) else [named]
+    return [stop for stop in [*stops, getattr(tokenizer, "eos_token_id", None)] if stop is not None]

@@ -1,0 +1,168 @@
+"""The training loop: hand the next batch to the devices, then look at the step before.
+
+Reading a step's numbers waits for it to finish. The loop reads those of step n after it has started step
+n + 1, so the devices always have work.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tptrain.backends.base import Backend, CompiledStep, Tensors
+from tptrain.config.plan import Plan
+from tptrain.data.batches import Batch, Batches, prefetch
+from tptrain.errors import TptrainError
+from tptrain.train.journal import StepRecord
+from tptrain.train.observers import Observer
+from tptrain.train.schedule import step_scalars
+from tptrain.train.state import state_specs
+from tptrain.train.step import BATCH_NAMES, make_train_step
+
+
+# Reading numbers that are ready takes well under this; waiting for a step takes longer.
+_AT_ONCE_SECONDS = 0.002
+
+
+class NonFiniteError(TptrainError):
+    """A loss or gradient was not finite. The update was not applied, nor any after it."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: steps done, and the global index of the next sample."""
+
+    step: int
+    cursor: int
+
+
+@dataclass(frozen=True)
+class _Started:
+    """A step that the devices are working on."""
+
+    step: int
+    cursor: int
+    batch: Batch
+    learning_rate: float
+    outputs: Tensors
+    handed_over_at: float
+    trace_seconds: float
+    compile_seconds: float
+    input_seconds: float
+
+
+class Loop:
+    """One run's training, from wherever it stands to `total_steps`.
+
+    save_due: whether a checkpoint follows a step. save: called with the state and the progress.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        backend: Backend,
+        batches: Batches,
+        total_steps: int,
+        observers: Sequence[Observer],
+        save: Callable[[Tensors, Progress], None],
+    ):
+        self._plan, self._backend, self._batches, self._total = plan, backend, batches, total_steps
+        self._observers, self._save = observers, save
+        decoder = backend.decoder()
+        self._constants = {name: backend.put_constant(t) for name, t in decoder.constants().items()}
+        self._function = make_train_step(decoder, backend.layout, plan.recipe)
+        self._compiled: CompiledStep | None = None
+        self._finished_at = 0.0
+
+    def run(self, state: Tensors, start: Progress) -> Tensors:
+        """Train to the end and return the last state; the tensors of `state` are used up."""
+        started: _Started | None = None
+        self._finished_at = time.perf_counter()
+        upcoming = prefetch(self._batches, start.cursor, self._total - start.step)
+        for step in range(start.step + 1, self._total + 1):
+            waited = time.perf_counter()
+            cursor, batch = next(upcoming)
+            input_seconds = time.perf_counter() - waited
+            state, now = self._start(state, step, cursor, batch, input_seconds)
+            if started is not None:
+                self._finish(started)
+            started = now
+            if self._save_due(step):
+                self._finish(started)
+                started = None
+                self._save(state, Progress(step, cursor + self._batches.batch_rows))
+                self._finished_at = time.perf_counter()
+        if started is not None:
+            self._finish(started)
+        return state
+
+    def _save_due(self, step: int) -> bool:
+        every = self._plan.recipe.save.every_steps
+        return step == self._total or (every > 0 and step % every == 0)
+
+    def _start(
+        self, state: Tensors, step: int, cursor: int, batch: Batch, input_seconds: float
+    ) -> tuple[Tensors, _Started]:
+        recipe = self._plan.recipe
+        scalars = step_scalars(step, self._total, recipe.schedule, recipe.optim)
+        arrays = {name: getattr(batch, name) for name in BATCH_NAMES}
+        inputs = {**self._backend.put_batch(arrays), **self._backend.put_scalars(scalars), **self._constants}
+        trace_seconds = compile_seconds = 0.0
+        if self._compiled is None:
+            self._compiled = self._backend.compile_step(self._function, state, inputs, state_specs(self._backend))
+            trace_seconds, compile_seconds = self._compiled.trace_seconds, self._compiled.compile_seconds
+            self._finished_at = time.perf_counter()
+        state, outputs = self._compiled(state, inputs)
+        rate, now = scalars["learning_rate"], time.perf_counter()
+        return state, _Started(
+            step, cursor, batch, rate, outputs, now, trace_seconds, compile_seconds, input_seconds
+        )
+
+    def _finish(self, started: _Started) -> None:
+        """Wait for a step, check it, and tell the observers."""
+        asked_at = time.perf_counter()
+        outputs = self._backend.fetch_scalars(started.outputs)
+        seconds = self._seconds_until_done(started, asked_at, time.perf_counter())
+        if not outputs["finite"]:
+            raise NonFiniteError(self._non_finite(started.step, outputs))
+        batch = started.batch
+        record = StepRecord(
+            step=started.step,
+            loss=outputs["loss"],
+            counted_tokens=batch.counted_tokens,
+            real_tokens=batch.real_tokens,
+            padded_tokens=batch.padded_tokens,
+            grad_norm=outputs["grad_norm"],
+            learning_rate=started.learning_rate,
+            step_seconds=seconds,
+            trace_seconds=started.trace_seconds,
+            compile_seconds=started.compile_seconds,
+            input_seconds=started.input_seconds,
+            compiles=self._backend.compile_count(),
+            cursor=started.cursor + self._batches.batch_rows,
+        )
+        for observer in self._observers:
+            observer(record)
+
+    def _seconds_until_done(self, started: _Started, asked_at: float, answered_at: float) -> float:
+        """Seconds from the end of the step before to the end of this one; over a run they add up.
+
+        A step whose numbers had to be waited for ended when they came. One whose numbers were there at once
+        (a CPU device works while the step is handed over) had ended by the time it was handed over.
+        """
+        waited = answered_at - asked_at > _AT_ONCE_SECONDS
+        done_at = max(answered_at if waited else started.handed_over_at, self._finished_at)
+        seconds, self._finished_at = done_at - self._finished_at, done_at
+        return seconds
+
+    def _non_finite(self, step: int, outputs: dict[str, float]) -> str:
+        what = "gradient norm" if math.isfinite(outputs["loss"]) else "loss"
+        value = outputs["grad_norm"] if what == "gradient norm" else outputs["loss"]
+        rate = self._plan.recipe.optim.learning_rate
+        return (
+            f"step {step}: the {what} is {value}, so its update was not applied and the run stopped; "
+            f"the last checkpoint is untouched. Try optim.learning_rate={rate / 10:g} (now {rate:g}), "
+            "a longer schedule.warmup_steps, or look at the records of that step"
+        )
