@@ -6,13 +6,14 @@ Run it with the python of the environment that tools/ci/make_transformers4_env.s
 
 make_logits.py writes the two inputs from the same folder. Checked are
 
-* the config: transformers 4 reads `rope_theta`, `rope_scaling`, `rope_local_base_freq` and, before 4.56, `torch_dtype`.
-  All must say what `rope_parameters` and `dtype` say, which are the only spellings of transformers 5;
+* the config: transformers 4 reads `rope_theta`, `rope_scaling`, `rope_local_base_freq` and, before 4.56,
+  `torch_dtype`. All must say what `rope_parameters` and `dtype` say, the only spellings that transformers 5
+  writes;
 * the weights: every one is loaded, and float32 logits differ by at most TOLERANCE of the largest logit;
 * the tokenizer: it encodes the sample text to the sample ids and decodes them to the same text.
 
-Every problem is printed on a line of its own. The last line is JSON with what was read, whether or not there were any.
-Exit status: 0 no problem, 1 some.
+Every problem is printed on a line of its own. The last line is JSON with what was read, whether or not there
+were any. Exit status: 0 no problem, 1 some.
 """
 
 import argparse
@@ -68,20 +69,22 @@ def check_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
 def check_logits(folder: Path, logits_file: Path) -> tuple[dict[str, Any], list[str]]:
     """The largest difference in logits, and whether it or a weight that was not loaded is a problem."""
     saved = load_file(logits_file)
-    # The default attention of transformers 4 leaves out the soft-cap of Gemma 2.
-    model, loading = AutoModelForCausalLM.from_pretrained(
+    # Eager: what transformers 4 takes by default leaves out the soft-cap of Gemma 2.
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
+    model, loading = loaded
     with torch.inference_mode():
         logits = model.eval()(input_ids=saved["input_ids"]).logits
-    problems = [f"weights: {kind.replace('_', ' ')}: {sorted(names)}" for kind, names in loading.items() if names]
+    problems = [f"weights: {kind}: {sorted(names)}" for kind, names in loading.items() if names]
     if logits.shape != saved["logits"].shape:
-        problems.append(f"logits are {list(logits.shape)} here and {list(saved['logits'].shape)} in {logits_file}")
-        return {}, problems
+        return {}, [*problems, f"logits are {list(logits.shape)}, not {list(saved['logits'].shape)}"]
     difference = (logits - saved["logits"]).abs().max().item()
     largest = saved["logits"].abs().max().item()
     if not difference <= TOLERANCE * largest:
-        problems.append(f"logits differ by {difference:.3g}; at most {TOLERANCE} of the largest, {largest:.3g}, may")
+        problems.append(
+            f"logits differ by {difference:.3g}, more than {TOLERANCE} of the largest, {largest:.3g}"
+        )
     return {"max_logit_difference": difference, "max_logit": largest}, problems
 
 
@@ -102,7 +105,9 @@ def check_tokenizer(folder: Path, sample_file: Path) -> tuple[dict[str, Any], li
 
 def main() -> int:
     """Read the command line, run the three checks, print the problems and what was read."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--export", type=Path, required=True, help="the exported folder")
     parser.add_argument("--logits", type=Path, required=True, help="the safetensors file of make_logits.py")
     parser.add_argument("--sample", type=Path, required=True, help="the JSON file of make_logits.py")

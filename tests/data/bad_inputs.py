@@ -81,8 +81,8 @@ def hub_split(folder: Path) -> None:
     sources._hub(str(folder), None, "validation", None, "data.path")
 
 
-def unreadable_tokenizer(folder: Path) -> None:
-    (folder / "tokenizer.json").write_text("{}")
+def damaged_tokenizer(folder: Path, text: str) -> None:
+    (folder / "tokenizer.json").write_text(text)
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     load_tokenizer(ModelSection(tokenizer=str(folder)))
 
@@ -153,7 +153,7 @@ BAD_INPUTS: list[BadInput] = [
     ),
     BadInput(
         "broken JSON line", lambda tmp: load_text(tmp, '{"a": 1}\n\n{"a": 2\n'),
-        "data.path", "/a.jsonl", ONE_OBJECT, "line 3: Expecting ',' delimiter", "valid JSON in line 3",
+        "data.path", "/a.jsonl", ONE_OBJECT, "line 3: Expecting ',' delimiter at column 8", "valid JSON in line 3",
     ),
     BadInput(
         "several broken JSON lines", lambda tmp: load_text(tmp, '{"a": 1}\nb\n{"a": 2}\nc\nd\n'),
@@ -204,6 +204,12 @@ BAD_INPUTS: list[BadInput] = [
         "no record with text", lambda _: tokenise([{"prompt": "p", "completion": 5}]),
         "data.path", "a.jsonl", "must leave a record to train on", "dropped: 1 not text", "non-empty texts",
     ),
+    BadInput(
+        "prompts that end in the space of the completion",
+        lambda _: tokenise([{"prompt": "What is 48/2? ", "completion": "Answer"}]),
+        "data.path", "a.jsonl", "must leave a record to train on", "dropped: 1 prompt and completion share a token",
+        "completions that begin with it",
+    ),
     # Tokenizers.
     BadInput(
         "tokenizer of no checkpoint", lambda _: load_tokenizer(ModelSection()),
@@ -211,15 +217,20 @@ BAD_INPUTS: list[BadInput] = [
     ),
     BadInput(
         "folder without a tokenizer", lambda tmp: load_tokenizer(ModelSection(pretrained=str(tmp))),
-        "model.pretrained", "", "must hold a tokenizer", "tokenizer", TOKENIZER_FILES,
+        "model.pretrained", "", "must hold a tokenizer", "transformers: ", TOKENIZER_FILES,
     ),
     BadInput(
-        "tokenizer file that does not parse", unreadable_tokenizer,
-        "model.tokenizer", "", "must hold a tokenizer", "", TOKENIZER_FILES,
+        "tokenizer file that does not parse", lambda tmp: damaged_tokenizer(tmp, '{"version": '),
+        "model.tokenizer", "", "must hold a tokenizer", "transformers: JSONDecodeError: ", TOKENIZER_FILES,
+    ),
+    BadInput(
+        "tokenizer file of an unknown model",
+        lambda tmp: damaged_tokenizer(tmp, '{"version": "1.0", "added_tokens": [], "model": {"type": "None"}}'),
+        "model.tokenizer", "", "must hold a tokenizer", "transformers: Exception: ", TOKENIZER_FILES,
     ),
     BadInput(
         "tokenizer on the hub, out of reach", lambda _: load_tokenizer(ModelSection(tokenizer="nobody/none")),
-        "model.tokenizer", "nobody/none", "must hold a tokenizer", "nobody/none", TOKENIZER_FILES,
+        "model.tokenizer", "nobody/none", "must hold a tokenizer", "transformers: ", TOKENIZER_FILES,
     ),
     BadInput(
         "tokenizer larger than the model",

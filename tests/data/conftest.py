@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from tests.data import tokenizers_of_all_kinds as kinds
 from tptrain.data.word_problems import training_records
-from transformers import PreTrainedTokenizerFast
 
 
 @pytest.fixture(scope="session")

@@ -165,11 +165,10 @@ class FailingBatches(Batches):
 
 def test_prefetch_raises_the_threads_error_in_place_of_its_batch(dataset: TokenizedDataset) -> None:
     batches = FailingBatches(dataset, DataSection(seq_len=SEQ_LEN, batch_rows=4), 1, None)
-    seen = []
+    fetched = prefetch(batches, 0, num_steps=5)
+    assert [next(fetched)[0], next(fetched)[0]] == [0, 4]
     with pytest.raises(RuntimeError, match="no batch at 8"):
-        for cursor, _ in prefetch(batches, 0, num_steps=5):
-            seen.append(cursor)
-    assert seen == [0, 4]
+        next(fetched)
 
 
 def test_closing_prefetch_ends_its_thread(dataset: TokenizedDataset) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import PreTrainedTokenizerFast
 
-from tests.data.tokenizers_of_all_kinds import across_words
 from tptrain.config.schema import DataSection
 from tptrain.data.dataset import NOTHING_COUNTED, TOO_LONG, Counts, TokenizedDataset, tokenize_records
 from tptrain.data.render import (
@@ -23,7 +23,6 @@ from tptrain.data.render import (
 from tptrain.data.sources import load_records
 from tptrain.data.tokenizer import train_tokenizer
 from tptrain.data.word_problems import training_records
-from transformers import PreTrainedTokenizerFast
 
 GSM8K = DataSection(preset="gsm8k", seq_len=128)
 
@@ -45,7 +44,11 @@ def test_rows_are_what_the_render_function_makes(tokenizer: PreTrainedTokenizerF
         expected = rendered(records[index], tokenizer)
         np.testing.assert_array_equal(ids, expected.ids)
         np.testing.assert_array_equal(mask, expected.loss_mask)
-    assert (dataset.ids.dtype, dataset.loss_mask.dtype, dataset.offsets.dtype) == (np.int32, np.bool_, np.int64)
+    assert (dataset.ids.dtype, dataset.loss_mask.dtype, dataset.offsets.dtype) == (
+        np.int32,
+        np.bool_,
+        np.int64,
+    )
     assert counts.tokens == len(dataset.ids) == dataset.offsets[-1]
     assert counts.counted == dataset.loss_mask.sum()
     assert dataset.pad_id == tokenizer.pad_token_id
@@ -89,14 +92,6 @@ def test_truncation_that_leaves_only_the_prompt_is_a_drop(tokenizer: PreTrainedT
     assert (counts.kept, counts.truncated, counts.dropped) == (1, 0, {NOTHING_COUNTED: 1})
 
 
-def test_rows_that_cannot_be_told_apart_are_dropped_not_guessed(texts: list[str]) -> None:
-    tokenizer = across_words(texts)
-    records = training_records(300, seed=6)
-    dataset, counts = tokenize_records(records, tokenizer, GSM8K)
-    assert counts.dropped[BOUNDARY] > 0
-    assert counts.kept == len(dataset) == 300 - sum(counts.dropped.values())
-
-
 def test_counts_read_as_a_sentence() -> None:
     counts = Counts(7473, 7400, {TOO_LONG: 70, BOUNDARY: 3}, 0, 1_234_567, 876_543)
     assert str(counts) == (
@@ -107,9 +102,7 @@ def test_counts_read_as_a_sentence() -> None:
 
 
 def test_flat_arrays_give_back_rows_of_any_length() -> None:
-    rows = [
-        Rendered(np.arange(length, dtype=np.int32), np.arange(length) % 2 == 1) for length in (3, 1, 5)
-    ]
+    rows = [Rendered(np.arange(length, dtype=np.int32), np.arange(length) % 2 == 1) for length in (3, 1, 5)]
     dataset = TokenizedDataset.of(rows, pad_id=9)
     assert dataset.offsets.tolist() == [0, 3, 4, 9]
     for index, row in enumerate(rows):

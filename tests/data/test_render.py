@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from tests.data.tokenizers_of_all_kinds import across_words, byte_level_with_eos, byte_level_without_bos
 from tptrain.config.schema import DataSection
@@ -22,7 +23,6 @@ from tptrain.data.render import (
 )
 from tptrain.data.sources import load_records
 from tptrain.data.word_problems import training_records
-from transformers import PreTrainedTokenizerFast
 
 GSM8K = DataSection(preset="gsm8k")
 PAIRS = [
@@ -86,7 +86,9 @@ def test_prompt_of_a_tokenizer_that_appends_eos_does_not_end(texts: list[str]) -
 def test_token_across_the_boundary_is_dropped_not_guessed(texts: list[str]) -> None:
     tokenizer = across_words(texts)
     # The prompt ends inside what the tokenizer makes one token of.
-    token = max((token for token in tokenizer.get_vocab() if token not in tokenizer.all_special_tokens), key=len)
+    token = max(
+        (token for token in tokenizer.get_vocab() if token not in tokenizer.all_special_tokens), key=len
+    )
     assert render(tokenizer, token[:2], token[2:]) == BOUNDARY
     spans = tokenizer(token, return_offsets_mapping=True).offset_mapping
     assert any(start < 2 < end for start, end in spans)
@@ -138,7 +140,7 @@ def test_docstring_example(tokenizer: PreTrainedTokenizerFast) -> None:
     rendered = render(tokenizer, *texts)
     assert isinstance(rendered, Rendered)
     tokens = tokenizer.convert_ids_to_tokens(rendered.ids)
-    assert tokens == ["<|bos|>", *"Question : Ġ 1 + 1 ? Ċ Answer : Ġ 2".split(), "<|eos|>"]
+    assert tokens == ["<|bos|>", "Question", ":", "Ġ", *"1+1?", "Ċ", "Answer", ":", "Ġ", "2", "<|eos|>"]
     assert rendered.loss_mask.astype(int).tolist() == [0] * 11 + [1] * 3
 
 

@@ -15,13 +15,20 @@ from tptrain.data.sources import load_records
 from tptrain.data.word_problems import HELD_OUT_RECORDS, TRAINING_RECORDS, held_out_records, training_records
 
 RECORDS: list[dict[str, Any]] = [
-    {"prompt": f"{number}+1=", "completion": str(number + 1), "weight": number / 2, "note": None if number % 2 else "é"}
+    {
+        "prompt": f"{number}+1=",
+        "completion": str(number + 1),
+        "weight": number / 2,
+        "note": None if number % 2 else "é",
+    }
     for number in range(7)
 ]
 
 
 def write_jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8"
+    )
     return path
 
 

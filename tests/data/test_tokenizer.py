@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from tests.data.tokenizers_of_all_kinds import byte_level_without_bos
 from tptrain.config.schema import ModelSection
@@ -20,7 +21,6 @@ from tptrain.data.tokenizer import (
     padding_id,
     train_tokenizer,
 )
-from transformers import PreTrainedTokenizerFast
 
 TRAIN = """
 from tptrain.data.tokenizer import train_tokenizer
@@ -90,14 +90,18 @@ def test_checkpoints_own_tokenizer(tokenizer: PreTrainedTokenizerFast, tmp_path:
     assert load_tokenizer(ModelSection(pretrained=str(tmp_path))).get_vocab() == tokenizer.get_vocab()
 
 
-def test_step_of_a_run_has_its_tokenizer_in_the_run(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_step_of_a_run_has_its_tokenizer_in_the_run(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     step = tmp_path / "checkpoints" / "300"
     step.mkdir(parents=True)
     tokenizer.save_pretrained(tmp_path / "assets")
     assert load_tokenizer(ModelSection(pretrained=str(step))).get_vocab() == tokenizer.get_vocab()
 
 
-def test_pad_id_is_eos_where_there_is_no_pad_token(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
+def test_pad_id_is_eos_where_there_is_no_pad_token(
+    texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
     assert padding_id(tokenizer) == tokenizer.pad_token_id
     without = byte_level_without_bos(texts)
     assert without.pad_token_id is None

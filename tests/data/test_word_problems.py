@@ -42,7 +42,9 @@ def test_no_pair_of_numbers_is_both_trained_and_held_out(training: list, held_ou
 
 
 def test_parts_do_not_depend_on_seed_operation_or_order() -> None:
-    trained = {step.pair for seed in range(1, 4) for _, steps in problems(2000, seed, False) for step in steps}
+    trained = {
+        step.pair for seed in range(1, 4) for _, steps in problems(2000, seed, False) for step in steps
+    }
     kept = {step.pair for seed in range(1, 4) for _, steps in problems(300, seed, True) for step in steps}
     assert not trained & kept
     assert is_held_out((27, 48)) == is_held_out((48, 27))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from tptrain.data.tokenizer import train_tokenizer
 from transformers import PreTrainedTokenizerFast
+
+from tptrain.data.tokenizer import train_tokenizer
 
 SPECIALS = ["<s>", "</s>", "<unk>"]
 
@@ -67,7 +68,10 @@ EXACT: dict[str, Callable[[Sequence[str]], PreTrainedTokenizerFast]] = {
 
 
 def _train(
-    bpe: Tokenizer, texts: Sequence[str], initial_alphabet: list[str] | None = None, specials: list[str] = SPECIALS
+    bpe: Tokenizer,
+    texts: Sequence[str],
+    initial_alphabet: list[str] | None = None,
+    specials: list[str] = SPECIALS,
 ) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=len(specials) + 400,

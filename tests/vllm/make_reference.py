@@ -2,10 +2,11 @@
 
     python tests/vllm/make_reference.py --model DIR_FP32 --prompts prompts.json --out reference.json
 
-prompts.json is a list of texts. For each of them reference.json gets `prompt_ids` (what the folder's tokenizer makes of
-the text), `token_ids` (the TOKENS tokens that follow) and `margins`: at each position, the largest logit minus the
-second largest, so that a reader can tell a decision from a near-tie. An end-of-sequence token does not end the
-generation: every prompt gets TOKENS tokens, and check_export.py asks vLLM for the same.
+prompts.json is a list of texts. For each of them reference.json gets `prompt_ids` (what the folder's
+tokenizer makes of the text), `token_ids` (the TOKENS tokens that follow) and `margins`: at each position, the
+largest logit minus the second largest, so that a reader can tell a decision from a near-tie. An
+end-of-sequence token does not end the generation: every prompt gets TOKENS tokens, and check_export.py asks
+vLLM for the same.
 """
 
 import argparse
@@ -45,7 +46,9 @@ def greedy(model: PreTrainedModel, prompt_ids: list[int]) -> Reference:
 
 def main() -> None:
     """Read the command line, generate, write the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, required=True, help="a model folder; it is loaded in float32")
     parser.add_argument("--prompts", type=Path, required=True, help="a JSON list of texts")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")

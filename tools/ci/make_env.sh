@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build one side environment from one requirements file, or do nothing when it is already built from that file.
+# Build one side environment from one requirements file, or do nothing if it is already built from that file.
 #
 #   make_env.sh ENV_DIR REQUIREMENTS --name NAME --target TARGET --import MODULE [--no-deps PACKAGE]
 #
@@ -8,13 +8,14 @@
 #   --import   a module that must import before the environment counts as built
 #   --no-deps  a package listed in REQUIREMENTS that is installed first and without its own requirements
 #
-# PYTHON (default python3) names the interpreter. The environment is stamped last with a hash of everything it was built
-# from, so that an interrupted build is never taken for a finished one; pip's whole output is kept in ENV_DIR/pip.log.
-# Exit status: 0 built or already there, 1 could not be built (one plain line says why), 2 called wrongly.
+# PYTHON (default python3) names the interpreter. The environment is stamped last, with a hash of what it was
+# built from, so that an interrupted build is never taken for a finished one. pip's output is kept in
+# ENV_DIR/pip.log. Exit status: 0 built or already there, 1 could not be built (one plain line says why),
+# 2 called wrongly.
 set -euo pipefail
 
 usage() {
-    echo "usage: make_env.sh ENV_DIR REQUIREMENTS --name NAME --target TARGET --import MODULE [--no-deps PACKAGE]" >&2
+    sed -n 's/^#   make_env.sh/usage: make_env.sh/p' "${BASH_SOURCE[0]}" >&2
     exit 2
 }
 
@@ -74,7 +75,7 @@ mkdir -p "$env_dir"
 "$python" -m venv --clear "$env_dir" || give_up "$python cannot make a virtual environment"
 
 pip_install() {
-    "$env_dir/bin/python" -m pip install --progress-bar off --no-input --disable-pip-version-check "$@" >>"$log" 2>&1 ||
+    "$env_dir/bin/python" -m pip install --progress-bar off --no-input "$@" >>"$log" 2>&1 ||
         give_up "$(grep -m 1 '^ERROR: ' "$log" || echo "pip failed") (all of pip's output is in $log)"
 }
 

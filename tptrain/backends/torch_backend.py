@@ -53,6 +53,7 @@ class TorchBackend:
         with torch.device("meta"):
             decoder = Decoder(self.plan.facts, self.plan.padded_vocab)
         if self.plan.recipe.remat.policy == "full":
+            assert isinstance(decoder.model.layers, LayerList)
             decoder.model.layers = CheckpointedLayers(decoder.model.layers)
         return decoder
 

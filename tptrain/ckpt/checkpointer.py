@@ -90,7 +90,9 @@ class Checkpointer:
             check_tree(reader.metadata(folder).item_metadata.tree, self._rows, setting, step_folder)
             wanted = {
                 name: jax.ShapeDtypeStruct(
-                    row.size, row.storage_dtype, sharding=named_sharding(self._mesh, disk_spec(row, specs[name]))
+                    row.size,
+                    row.storage_dtype,
+                    sharding=named_sharding(self._mesh, disk_spec(row, specs[name])),
                 )
                 for name, row in self._rows.items()
             }
@@ -99,7 +101,9 @@ class Checkpointer:
         return self._backend.restore_shards(held)
 
 
-def check_tree(found: Mapping[str, Any], rows: Mapping[str, ParamRow], setting: str, step_folder: Path) -> None:
+def check_tree(
+    found: Mapping[str, Any], rows: Mapping[str, ParamRow], setting: str, step_folder: Path
+) -> None:
     """List every tensor of a step that is missing, extra or misshapen, before any is read."""
     problems = []
     for name in sorted(set(rows) | set(found)):
@@ -107,6 +111,8 @@ def check_tree(found: Mapping[str, Any], rows: Mapping[str, ParamRow], setting: 
         wanted = str(list(rows[name].size)) if name in rows else "nothing"
         if there != wanted:
             rule = f"{name} must be {wanted} as in the model's config"
-            problems.append(Problem(setting, step_folder, rule, f"checkpoint has {there}", "a step of this model"))
+            problems.append(
+                Problem(setting, step_folder, rule, f"checkpoint has {there}", "a step of this model")
+            )
     if problems:
         raise ProblemsError(problems)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
 from tptrain.config.schema import DataSection
-from tptrain.data.render import Rendered, check_columns, record_texts, render_many
+from tptrain.data.render import BOUNDARY, Rendered, check_columns, record_texts, render_many
 from tptrain.data.tokenizer import padding_id
 from tptrain.errors import raise_if_any, refuse
 
@@ -137,6 +137,10 @@ def _fit(row: Rendered, section: DataSection) -> Rendered | str:
 
 def _nothing_left(section: DataSection, dropped: Mapping[str, int], longest: int) -> Exception:
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
-    too_long = {TOO_LONG, NOTHING_COUNTED} & set(dropped)
-    fix = f"data.seq_len={longest}" if too_long else "records whose prompt and completion are non-empty texts"
+    most = max(dropped, key=lambda reason: dropped[reason])
+    fix = {
+        TOO_LONG: f"data.seq_len={longest}",
+        NOTHING_COUNTED: f"data.seq_len={longest}",
+        BOUNDARY: "prompts that do not end in a space, with completions that begin with it",
+    }.get(most, "records whose prompt and completion are non-empty texts")
     return refuse("data.path", section.path, "must leave a record to train on", f"dropped: {reasons}", fix)

@@ -98,6 +98,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, encoding: Encoding) -> list[i
 
 def _encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[Encoding]:
     """Encodings, with the characters of each token."""
+    if not texts:  # which transformers does not take
+        return []
     # verbose=False: no warning about long texts, which are counted later.
     encoded = tokenizer(list(texts), return_token_type_ids=False, return_attention_mask=False, verbose=False)
     encodings: list[Encoding] = encoded.encodings

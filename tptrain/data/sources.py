@@ -105,7 +105,7 @@ def _jsonl(path: Path, max_records: int | None, setting: str) -> list[Record]:
 def _json_object(line: bytes) -> Record | str:
     """The object that a line holds, or what is wrong with the line."""
     try:
-        parsed = json.loads(line)
+        parsed = json.loads(line.strip())
     except UnicodeDecodeError as error:
         return f"not UTF-8 text at byte {error.start}"
     except json.JSONDecodeError as error:

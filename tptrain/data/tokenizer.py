@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from tptrain.config.schema import ModelSection
 from tptrain.errors import Problem, refuse
@@ -29,6 +29,8 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerFast:
     Raises ProblemsError when it cannot be found or read, or cannot map tokens to characters ("train" is not
     loaded but made, by `train_tokenizer`).
     """
+    from transformers import AutoTokenizer  # imports torch, which making a tokenizer does without
+
     assert section.tokenizer != "train", "a tokenizer to be trained cannot be loaded"
     setting, source = "model.tokenizer", section.tokenizer
     if source == "pretrained":
@@ -40,8 +42,8 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerFast:
     fix = "model.tokenizer=FOLDER with tokenizer.json and tokenizer_config.json"
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(_tokenizer_folder(source)))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        other = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except Exception as error:  # the tokenizers library raises Exception itself for a broken tokenizer.json
+        other = f"transformers: {type(error).__name__}: {str(error).strip()}".splitlines()[0]
         raise refuse(setting, source, rule, other, fix) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         rule = "must be a fast tokenizer, which knows the characters of each token"
@@ -82,7 +84,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     bpe.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, bpe.token_to_id(BOS))]
     )
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=BOS,
         eos_token=EOS,

@@ -207,7 +207,10 @@ def _add(tens: int, ones: int, right: int) -> tuple[str, str]:
     other_tens, other_ones = divmod(right, 10)
     carry, _ = divmod(ones + other_ones, 10)
     more = "+1" if carry else ""
-    return f"{ones}+{other_ones}={ones + other_ones}", f"{tens}+{other_tens}{more}={tens + other_tens + carry}"
+    return (
+        f"{ones}+{other_ones}={ones + other_ones}",
+        f"{tens}+{other_tens}{more}={tens + other_tens + carry}",
+    )
 
 
 def _subtract(tens: int, ones: int, right: int) -> tuple[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -51,8 +50,13 @@ class ExactMatch:
         """Reads the problems that the plan's eval section names. Raises ProblemsError when it cannot."""
         section, data = plan.recipe.eval, plan.recipe.data
         path = section.path or data.path
-        records = load_records(path, data.subset if path == data.path else None, section.split, section.problems,
-                               setting="eval.path" if section.path else "data.path")
+        records = load_records(
+            path,
+            data.subset if path == data.path else None,
+            section.split,
+            section.problems,
+            setting="eval.path" if section.path else "data.path",
+        )
         self._tokenizer = tokenizer
         self._prompts = [prompt_text(record, data) for record in records]
         self._references = [str(record[columns(data)[1]]) for record in records]
@@ -66,7 +70,7 @@ class ExactMatch:
         generated = self._generator.generate(params, self._ids)
         return Score(tuple(self._answers(generated)))
 
-    def _answers(self, generated: Sequence[Sequence[int]]) -> list[Answer]:
-        texts: list[Any] = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in generated]
+    def _answers(self, generated: Sequence[list[int]]) -> list[Answer]:
+        texts = [str(self._tokenizer.decode(ids, skip_special_tokens=True)) for ids in generated]
         triples = zip(self._prompts, self._references, texts, strict=True)
         return [Answer(prompt, reference, text.strip()) for prompt, reference, text in triples]

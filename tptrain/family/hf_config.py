@@ -25,6 +25,12 @@ class ConfigReader:
     def report(self, field: str, value: object, rule: str, other: str, fix: str) -> None:
         self.problems.append(Problem(f"{_SETTING}.{field}", value, rule, other, fix))
 
+    def is_bad(self, *fields: str) -> bool:
+        """Whether one of these fields has been reported, so that checks built on it would only repeat it."""
+        return any(
+            problem.setting in {f"{_SETTING}.{field}" for field in fields} for problem in self.problems
+        )
+
     def size(self, field: str, default: int | None = None) -> int:
         """A whole number above 0; without a default the field is required."""
         value = self.config.get(field, default)

@@ -19,14 +19,17 @@ def read_facts(reader: ConfigReader) -> ModelFacts:
     hidden = reader.size("hidden_size")
     heads = reader.size("num_attention_heads")
     kv_heads = reader.size("num_key_value_heads", heads)
-    if heads % kv_heads:
+    sizes_known = not reader.is_bad("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    if sizes_known and heads % kv_heads:
         rule, other = "must be a multiple of num_key_value_heads", f"num_key_value_heads={kv_heads}"
         reader.report("num_attention_heads", heads, rule, other, f"{-(-heads // kv_heads) * kv_heads}")
-    if reader.config.get("head_dim") is None and hidden % heads:
+    if sizes_known and reader.config.get("head_dim") is None and hidden % heads:
         rule, other = "must be a multiple of num_attention_heads", f"num_attention_heads={heads}"
         reader.report("hidden_size", hidden, rule, other, f"{-(-hidden // heads) * heads}, or give head_dim")
-    head_dim = reader.size("head_dim") if reader.config.get("head_dim") is not None else max(hidden // heads, 1)
-    if head_dim % 2:
+    head_dim = (
+        reader.size("head_dim") if reader.config.get("head_dim") is not None else max(hidden // heads, 1)
+    )
+    if sizes_known and head_dim % 2:
         reader.report("head_dim", head_dim, "must be even for RoPE", "pairs of 2", str(head_dim + 1))
     return ModelFacts(
         family="llama",

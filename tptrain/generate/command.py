@@ -44,7 +44,9 @@ def main(argv: Sequence[str]) -> int:
         print(USAGE, end="")
         return 0
     if len(argv) < 2 or "=" in argv[0]:
-        raise refuse("arguments", " ".join(argv), "must be a folder and a prompt", "see --help", "RUN 'prompt'")
+        raise refuse(
+            "arguments", " ".join(argv), "must be a folder and a prompt", "see --help", "RUN 'prompt'"
+        )
     folder, prompt, options = Path(argv[0]).expanduser(), argv[1], list(argv[2:])
     new_tokens = _take_new_tokens(options)
     print(answer(folder, prompt, new_tokens, options))
@@ -73,9 +75,11 @@ def answer(folder: Path, prompt: str, new_tokens: int, overrides: Sequence[str] 
         raise refuse("prompt", repr(prompt), "must have at least one token", "it has 0", "a text")
     backend = make_backend(plan)
     room = plan.facts.max_position_embeddings - len(ids)
-    generator = Generator(backend, plan, 1, len(ids), max(min(new_tokens, room), 1), _stop_ids(source, tokenizer))
+    generator = Generator(
+        backend, plan, 1, len(ids), max(min(new_tokens, room), 1), _stop_ids(source, tokenizer)
+    )
     (generated,) = generator.generate(_weights(plan, backend, source), [ids])
-    return tokenizer.decode(generated, skip_special_tokens=True).strip()
+    return str(tokenizer.decode(generated, skip_special_tokens=True)).strip()
 
 
 def _recipe(source: Path) -> Recipe:

@@ -7,6 +7,7 @@ every row. Neither depends on the prompts' lengths. Shapes: B rows, P prompt tok
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,7 +92,9 @@ class Generator:
         lengths = np.ones((self.rows, 1), np.int32)
         for row in range(self.rows):
             ids = prompts[row] if row < len(prompts) else prompts[0]
-            assert 0 < len(ids) <= self.prompt_tokens, f"prompt of {len(ids)} tokens, room for {self.prompt_tokens}"
+            assert 0 < len(ids) <= self.prompt_tokens, (
+                f"prompt of {len(ids)} tokens, room for {self.prompt_tokens}"
+            )
             tokens[row, : len(ids)], lengths[row] = ids, len(ids)
         positions = np.broadcast_to(np.arange(self.prompt_tokens, dtype=np.int32), tokens.shape).copy()
         dtype = TORCH_DTYPES[self._plan.recipe.precision.compute]
@@ -105,7 +108,9 @@ class Generator:
         inputs = self._backend.put_batch({"prompt": tokens, "prompt_positions": positions})
         return state, inputs
 
-    def _compile(self, state: Tensors, weights: Tensors, inputs: Tensors) -> tuple[CompiledStep, CompiledStep]:
+    def _compile(
+        self, state: Tensors, weights: Tensors, inputs: Tensors
+    ) -> tuple[CompiledStep, CompiledStep]:
         specs = self._specs(state)
         # Compiling needs live arguments but does not consume them, so both programs take the same ones.
         prefill = self._backend.compile_step(self._prefill, state, {**weights, **inputs}, specs)
@@ -167,7 +172,7 @@ class Generator:
         with torch.no_grad():
             return self._call("logits", inputs, (hidden,))
 
-    def _call(self, method: str, inputs: Tensors, arguments: tuple):
+    def _call(self, method: str, inputs: Tensors, arguments: tuple[Any, ...]) -> Any:
         """Call a method of the decoder with the weights that are among `inputs`, in the compute format."""
         dtype = TORCH_DTYPES[self._plan.recipe.precision.compute]
         modules = {n[len("params/") :]: t.to(dtype) for n, t in inputs.items() if n.startswith("params/")}
@@ -182,7 +187,7 @@ class _Method(torch.nn.Module):
         super().__init__()
         self.decoder, self._method = decoder, method
 
-    def forward(self, *arguments):
+    def forward(self, *arguments: Any) -> Any:
         return getattr(self.decoder, self._method)(*arguments)
 
 

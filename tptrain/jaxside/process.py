@@ -14,5 +14,5 @@ def setup_jax(num_devices: int) -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    if jax.config.jax_num_cpu_devices != num_devices:
+    if jax.config.read("jax_num_cpu_devices") != num_devices:
         jax.config.update("jax_num_cpu_devices", num_devices)

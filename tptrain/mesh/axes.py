@@ -53,7 +53,9 @@ def fill_axes(
     """
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     problems = [
-        Problem(setting.format(axis), size, "must be a whole number above 0, or -1", f"{total_name}={total}", "-1")
+        Problem(
+            setting.format(axis), size, "must be a whole number above 0, or -1", f"{total_name}={total}", "-1"
+        )
         for axis, size in sizes.items()
         if size < 1 and size != -1
     ]

@@ -109,9 +109,7 @@ def split_count(axes: Iterable[str], axis_sizes: Mapping[str, int]) -> int:
     return math.prod(axis_sizes[axis] for axis in axes)
 
 
-def shard_slices(
-    shape: Sequence[int], spec: Spec, axis_sizes: Mapping[str, int]
-) -> list[tuple[slice, ...]]:
+def shard_slices(shape: Sequence[int], spec: Spec, axis_sizes: Mapping[str, int]) -> list[tuple[slice, ...]]:
     """The slice of a tensor held at each mesh position, positions in row-major order of AXES.
 
     shape: elements per dim, every split dim divisible by its pieces.
@@ -132,7 +130,9 @@ def shard_slices(
     return found
 
 
-def table_problems(table: Sequence[ParamRow], rules: RuleTable, axis_sizes: Mapping[str, int]) -> list[Problem]:
+def table_problems(
+    table: Sequence[ParamRow], rules: RuleTable, axis_sizes: Mapping[str, int]
+) -> list[Problem]:
     """What is wrong between a parameter table, a rule table and the mesh, in both directions."""
     problems = []
     table_dims = {dim for row in table for dim in row.dims}
@@ -146,7 +146,9 @@ def table_problems(table: Sequence[ParamRow], rules: RuleTable, axis_sizes: Mapp
             used_axes.add(axis)
             if axis not in AXES:
                 rule = f"maps {dim!r} to the axis {axis!r}, which the mesh does not have"
-                problems.append(Problem("mesh.rules", rules.name, rule, f"axes: {', '.join(AXES)}", "one of them"))
+                problems.append(
+                    Problem("mesh.rules", rules.name, rule, f"axes: {', '.join(AXES)}", "one of them")
+                )
     for axis, size in axis_sizes.items():
         if size > 1 and axis not in used_axes:
             other = f"style {rules.name!r} uses {', '.join(sorted(used_axes))}"

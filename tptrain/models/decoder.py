@@ -13,7 +13,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from tptrain.family import LayerKind, ModelFacts
-from tptrain.models.attention import KVCache, attention_weights, cache_mask, causal_mask, weighted_values, write_cache
+from tptrain.models.attention import (
+    KVCache,
+    attention_weights,
+    cache_mask,
+    causal_mask,
+    weighted_values,
+    write_cache,
+)
 from tptrain.models.marks import Marks
 from tptrain.models.norms import RMSNorm
 from tptrain.models.rope import inverse_frequencies, rotate, rotation
@@ -61,7 +68,9 @@ class Attention(nn.Module):
             value = write_cache(cache.value, value, context.positions)
         mask = context.masks[self.window]
         weights = attention_weights(query, key, mask, self.head_dim**-0.5)
-        weights = self.marks(weights, "weights", "act_batch", "act_kv_heads", "act_group", "act_tokens", "act_keys")
+        weights = self.marks(
+            weights, "weights", "act_batch", "act_kv_heads", "act_group", "act_tokens", "act_keys"
+        )
         output = weighted_values(weights, value)
         output = self.marks(output, "attended", "act_batch", "act_tokens", "act_heads", "act_head_dim")
         return self.o_proj(output.flatten(2)), KVCache(key, value)
@@ -148,6 +157,7 @@ class Decoder(nn.Module):
         if not facts.tie_word_embeddings:
             self.lm_head = nn.Linear(facts.hidden_size, self.padded_vocab, bias=False)
         # The one tensor that is neither a parameter nor computed from the batch.
+        self.rope_frequencies: torch.Tensor
         self.register_buffer("rope_frequencies", torch.empty(facts.head_dim // 2), persistent=False)
 
     def constants(self) -> dict[str, torch.Tensor]:

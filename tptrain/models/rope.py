@@ -31,9 +31,13 @@ def _llama3_scaled(frequencies: torch.Tensor, rope: RopeFacts) -> torch.Tensor:
     """Llama 3.1's scaling: long waves divided by `factor`, short ones kept, a blend in between."""
     old_context = rope.original_max_position_embeddings
     wavelengths = 2 * math.pi / frequencies
-    blend = (old_context / wavelengths - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    blend = (old_context / wavelengths - rope.low_freq_factor) / (
+        rope.high_freq_factor - rope.low_freq_factor
+    )
     blended = (1 - blend) * (frequencies / rope.factor) + blend * frequencies
-    scaled = torch.where(wavelengths > old_context / rope.low_freq_factor, frequencies / rope.factor, frequencies)
+    scaled = torch.where(
+        wavelengths > old_context / rope.low_freq_factor, frequencies / rope.factor, frequencies
+    )
     is_short = wavelengths < old_context / rope.high_freq_factor
     is_long = wavelengths > old_context / rope.low_freq_factor
     return torch.where(~is_short & ~is_long, blended, scaled)

@@ -15,7 +15,8 @@ class StepRecord:
 
     step:            counted from 1.
     loss:            mean over the counted tokens, before the update.
-    counted_tokens:  targets in the loss. real_tokens, padded_tokens: inputs that are, or are not, of a record.
+    counted_tokens:  targets in the loss.
+    real_tokens, padded_tokens: inputs that are, or are not, of a record.
     grad_norm:       global norm before clipping.
     learning_rate:   the rate this step used.
     step_seconds:    from the end of the step before to the end of this one, without compiling and saving.

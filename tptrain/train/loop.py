@@ -21,7 +21,6 @@ from tptrain.train.schedule import step_scalars
 from tptrain.train.state import state_specs
 from tptrain.train.step import BATCH_NAMES, make_train_step
 
-
 # Reading numbers that are ready takes well under this; waiting for a step takes longer.
 _AT_ONCE_SECONDS = 0.002
 
@@ -111,7 +110,9 @@ class Loop:
         inputs = {**self._backend.put_batch(arrays), **self._backend.put_scalars(scalars), **self._constants}
         trace_seconds = compile_seconds = 0.0
         if self._compiled is None:
-            self._compiled = self._backend.compile_step(self._function, state, inputs, state_specs(self._backend))
+            self._compiled = self._backend.compile_step(
+                self._function, state, inputs, state_specs(self._backend)
+            )
             trace_seconds, compile_seconds = self._compiled.trace_seconds, self._compiled.compile_seconds
             self._finished_at = time.perf_counter()
         state, outputs = self._compiled(state, inputs)

@@ -19,7 +19,7 @@ from tptrain.ckpt.reading import is_step_folder
 from tptrain.config.plan import Plan
 from tptrain.data.batches import Batches, RunLength, run_length
 from tptrain.data.dataset import tokenize_records
-from tptrain.data.render import prompt_text, record_texts
+from tptrain.data.render import record_texts
 from tptrain.data.sources import load_records
 from tptrain.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
 from tptrain.errors import raise_if_any
@@ -220,7 +220,9 @@ def _scored(console: Console, scorer: ExactMatch | None, state: Tensors, when: s
     started = time.perf_counter()
     score = scorer(part_of(state, "params"))
     seconds = time.perf_counter() - started
-    console.print(f"Held-out problems answered right {when}: {score.right} of {len(score.answers)} ({seconds:.0f} s).")
+    console.print(
+        f"Held-out problems answered right {when}: {score.right} of {len(score.answers)} ({seconds:.0f} s)."
+    )
     return score
 
 

@@ -79,7 +79,12 @@ def global_norm(gradients: Tensors) -> torch.Tensor:
 
 
 def adamw(
-    state: Tensors, gradients: Tensors, norm: torch.Tensor, inputs: Tensors, layout: Layout, optim: OptimSection
+    state: Tensors,
+    gradients: Tensors,
+    norm: torch.Tensor,
+    inputs: Tensors,
+    layout: Layout,
+    optim: OptimSection,
 ) -> dict[str, Tensors]:
     """AdamW (arXiv:1711.05101) in the arithmetic of torch.optim.AdamW, after clipping by global norm.
 

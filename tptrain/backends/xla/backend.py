@@ -10,7 +10,15 @@ import torch
 import torch_xla
 import torch_xla.core.xla_model as xm
 
-from tptrain.backends.base import TORCH_DTYPES, Buffer, HostShards, Layout, StepFunction, Tensors, TensorSource
+from tptrain.backends.base import (
+    TORCH_DTYPES,
+    Buffer,
+    HostShards,
+    Layout,
+    StepFunction,
+    Tensors,
+    TensorSource,
+)
 from tptrain.backends.shards import read_buffer_shards, split_rows, stack_rows
 from tptrain.backends.xla.capture import CapturedStep, compile_count
 from tptrain.backends.xla.passes import apply_passes

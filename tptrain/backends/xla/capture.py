@@ -60,7 +60,9 @@ class CapturedStep:
         started = time.perf_counter()
         new_state, outputs = function(state, inputs)
         if set(new_state) != set(state):
-            raise CaptureError(f"the step changes the names of its state: {sorted(set(new_state) ^ set(state))}")
+            raise CaptureError(
+                f"the step changes the names of its state: {sorted(set(new_state) ^ set(state))}"
+            )
         self._output_names = tuple(outputs)
         results = [mark_state(name, new_state[name]) for name in state] + list(outputs.values())
         self._arguments, self.constants = _match_arguments(results, {**state, **inputs})

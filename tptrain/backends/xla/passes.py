@@ -33,7 +33,7 @@ def apply_passes(decoder: Decoder, layout: Layout, mesh: DeviceMesh, rules: Rule
         lambda x, name, dims: mesh.mark_with_gradient(x, spec_of(dims, rules.acts))
     )
     layers = decoder.model.layers
-    assert isinstance(layers, Sequence) or isinstance(layers, nn.ModuleList)
+    assert isinstance(layers, nn.ModuleList)
     period = [layers[i] for i in range(len(decoder.facts.layer_period))]
     decoder.model.layers = ScannedLayers(period, keeper, layout, mesh)
 
@@ -53,7 +53,7 @@ class ScannedLayers(nn.Module):
         self, x: torch.Tensor, context: LayerContext, caches: Sequence[KVCache] | None = None
     ) -> tuple[torch.Tensor, Sequence[KVCache]]:
         """x [B, T, D]; caches, if any, one per position of the period, with a leading layer dim."""
-        stacked = dict(self.named_parameters())
+        stacked: Tensors = dict(self.named_parameters())
         if caches is not None:
             return self._cached(x, context, stacked, caches)
 

@@ -12,9 +12,8 @@ over such tensors, and the loop below it (`_scan_impl_pytree`) hoists their leav
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from collections.abc import Iterator
 
 import torch
 from torch_xla.experimental.scan import _scan_impl_pytree
