@@ -25,7 +25,7 @@ TEXTS = ["Question: What is 48/2?\nAnswer: #### 24"]
 class BadInput:
     """One row: `trigger(tmp_path)` raises a ProblemsError with one problem of this setting.
 
-    value: the end of the value that is shown. rule, other, fix: what these parts contain; {tmp} is the folder.
+    value: the end of the value that is shown. rule, other, fix: what these parts contain.
     """
 
     name: str
@@ -121,8 +121,8 @@ BAD_INPUTS: list[BadInput] = [
     ),
     BadInput(
         "unknown builtin", lambda _: load("builtin:word_problem"),
-        "data.path", "builtin:word_problem", "is not a known builtin data set", "known: builtin:word_problems",
-        "'builtin:word_problems' (did you mean it?)",
+        "data.path", "builtin:word_problem", "is not a known builtin data set",
+        "known: builtin:word_problems", "'builtin:word_problems' (did you mean it?)",
     ),
     BadInput(
         "hub out of reach", lambda _: load("nobody/no-such-set"),
@@ -153,7 +153,8 @@ BAD_INPUTS: list[BadInput] = [
     ),
     BadInput(
         "broken JSON line", lambda tmp: load_text(tmp, '{"a": 1}\n\n{"a": 2\n'),
-        "data.path", "/a.jsonl", ONE_OBJECT, "line 3: Expecting ',' delimiter at column 8", "valid JSON in line 3",
+        "data.path", "/a.jsonl", ONE_OBJECT, "line 3: Expecting ',' delimiter at column 8",
+        "valid JSON in line 3",
     ),
     BadInput(
         "several broken JSON lines", lambda tmp: load_text(tmp, '{"a": 1}\nb\n{"a": 2}\nc\nd\n'),
@@ -206,14 +207,15 @@ BAD_INPUTS: list[BadInput] = [
     ),
     BadInput(
         "prompts that end in the space of the completion",
-        lambda _: tokenise([{"prompt": "What is 48/2? ", "completion": "Answer"}]),
-        "data.path", "a.jsonl", "must leave a record to train on", "dropped: 1 prompt and completion share a token",
-        "completions that begin with it",
+        lambda _: tokenise([{"prompt": "Question: ", "completion": "What"}]),
+        "data.path", "a.jsonl", "must leave a record to train on",
+        "dropped: 1 prompt and completion share a token", "completions that begin with it",
     ),
     # Tokenizers.
     BadInput(
         "tokenizer of no checkpoint", lambda _: load_tokenizer(ModelSection()),
-        "model.tokenizer", "pretrained", "needs a checkpoint to take it from", "model.pretrained=none", '"train"',
+        "model.tokenizer", "pretrained", "needs a checkpoint to take it from", "model.pretrained=none",
+        '"train"',
     ),
     BadInput(
         "folder without a tokenizer", lambda tmp: load_tokenizer(ModelSection(pretrained=str(tmp))),
@@ -225,7 +227,7 @@ BAD_INPUTS: list[BadInput] = [
     ),
     BadInput(
         "tokenizer file of an unknown model",
-        lambda tmp: damaged_tokenizer(tmp, '{"version": "1.0", "added_tokens": [], "model": {"type": "None"}}'),
+        lambda tmp: damaged_tokenizer(tmp, '{"added_tokens": [], "model": {"type": "None"}}'),
         "model.tokenizer", "", "must hold a tokenizer", "transformers: Exception: ", TOKENIZER_FILES,
     ),
     BadInput(
@@ -240,7 +242,8 @@ BAD_INPUTS: list[BadInput] = [
     ),
     BadInput(
         "tokenizer without end", tokenizer_without_eos,
-        "model.tokenizer", "train", "must have an end-of-sequence token", "its eos_token is none", '"eos_token"',
+        "model.tokenizer", "train", "must have an end-of-sequence token", "its eos_token is none",
+        '"eos_token"',
     ),
     BadInput(
         "vocabulary too small to train for", lambda _: train_tokenizer(TEXTS, 200),

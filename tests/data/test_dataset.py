@@ -95,7 +95,8 @@ def test_truncation_that_leaves_only_the_prompt_is_a_drop(tokenizer: PreTrainedT
 def test_counts_read_as_a_sentence() -> None:
     counts = Counts(7473, 7400, {TOO_LONG: 70, BOUNDARY: 3}, 0, 1_234_567, 876_543)
     assert str(counts) == (
-        "7,473 records: 7,400 kept, 73 dropped (70 longer than seq_len, 3 prompt and completion share a token), "
+        "7,473 records: 7,400 kept, 73 dropped (70 longer than seq_len, "
+        "3 prompt and completion share a token), "
         "0 truncated; 1,234,567 tokens, 876,543 of them counted in the loss"
     )
     assert "0 dropped, 0 truncated" in str(Counts(2, 2, {}, 0, 9, 4))

@@ -25,7 +25,7 @@ from tptrain.data.tokenizer import (
 TRAIN = """
 from tptrain.data.tokenizer import train_tokenizer
 from tptrain.data.word_problems import training_records
-texts = [f"Question: {record['question']}\\nAnswer: {record['answer']}" for record in training_records(300, 1)]
+texts = [f"{record['question']}\\n{record['answer']}" for record in training_records(300, 1)]
 print(train_tokenizer(texts, 512).backend_tokenizer.to_str())
 """
 

@@ -61,7 +61,7 @@ def test_pairs_of_the_questions_themselves_are_apart(training: list, held_out: l
 
 
 def test_every_digit_fact_of_a_held_out_problem_is_trained(training: list, held_out: list) -> None:
-    """What a held-out problem asks for is to put known single-digit facts together, never a fact unheard of."""
+    """A held-out problem asks to put known single-digit facts together, never for a fact unheard of."""
 
     def facts(rows: list) -> set[str]:
         return {

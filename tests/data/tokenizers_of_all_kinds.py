@@ -18,7 +18,7 @@ def byte_level_with_bos(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def byte_level_without_bos(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Byte-level, no BOS, no pad token, space kept out of the characters of a token, as Qwen's and GPT-2's."""
+    """Byte-level, no BOS, no pad token, spaces left out of a token's characters, as GPT-2's and Qwen's."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

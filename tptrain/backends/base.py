@@ -82,7 +82,7 @@ class Layout:
 
     @staticmethod
     def stacked(table: Sequence[ParamRow], specs: Mapping[str, Spec], period: int) -> Layout:
-        """Layers stacked for a scan: layer i lies at index i // period of the buffers of position i % period."""
+        """Layers stacked for a scan: layer i is at index i // period of the buffers of position i % period."""
         groups: dict[str, list[ParamRow]] = {}
         for row in stored_rows(table):
             match = _LAYER_NAME.match(row.name)

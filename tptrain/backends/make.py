@@ -6,7 +6,18 @@ import logging
 import os
 
 from tptrain.backends.base import Backend
+from tptrain.backends.xla.process import set_environment
 from tptrain.config.plan import Plan
+
+
+def prepare_process(plan: Plan) -> None:
+    """State in this process's environment which devices the plan uses; nothing is opened yet.
+
+    Call it before anything imports transformers, which asks torch_xla for a device when it finds it installed.
+    """
+    quiet_libraries()
+    if plan.recipe.backend == "xla":
+        set_environment(plan.topology, os.environ)
 
 
 def make_backend(plan: Plan) -> Backend:
@@ -14,7 +25,7 @@ def make_backend(plan: Plan) -> Backend:
 
     Raises ProblemsError when the devices are not those of the plan's topology.
     """
-    quiet_libraries()
+    prepare_process(plan)
     from tptrain.jaxside.process import setup_jax
 
     setup_jax(plan.num_devices)

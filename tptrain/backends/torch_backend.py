@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from tptrain.backends.base import TORCH_DTYPES, HostShards, Layout, StepFunction, Tensors, TensorSource
@@ -26,7 +28,13 @@ class CheckpointedLayers(LayerList):
         if caches is not None:
             return super().forward(x, context, caches)
         for layer in self:
-            x = checkpoint(lambda x, layer=layer: layer(x, context)[0], x, use_reentrant=False)
+            # The weights as they are now: by the backward pass, `functional_call` has taken them out again.
+            weights: Tensors = dict(layer.named_parameters())
+
+            def run(x: torch.Tensor, layer: nn.Module = layer, weights: Tensors = weights) -> torch.Tensor:
+                return functional_call(layer, weights, (x, context))[0]
+
+            x = checkpoint(run, x, use_reentrant=False)
         return x, []
 
 

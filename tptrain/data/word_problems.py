@@ -1,15 +1,15 @@
 """Word problems in the form of GSM8K, made by a fixed procedure: the quickstart's data, with no download.
 
-    question  Ann has 48 coins. Ben gives her 24 more coins. How many coins does Ann have now?
-    answer    48+24: 8+4=12, 4+2+1=7, 48+24=72
+    question  Ann has 48 coins. Ben gives Ann 24 more coins. How many coins does Ann have now?
+    answer    48+24: 8+4=12, 4+2+1=7 -> 72
               #### 72
 
-One or two steps of +, -, * or /, with every number below 100. The working goes digit by digit, as on paper,
-so that a model of half a million parameters can learn the method in minutes instead of a table of results.
+One or two steps of +, -, times 2 or 3, and halving, with every number below 100. The working goes digit by
+digit, as on paper, so that a model of half a million parameters can learn the method in minutes.
 
 What is held out: a pair of numbers is either for training or held out, whichever operation joins them and in
-whichever order. A training record joins training pairs only, at every step; a held-out record joins held-out pairs
-only. A right answer to a held-out problem is therefore worked out, not remembered.
+whichever order. A training record joins training pairs only, at every step; a held-out record joins held-out
+pairs only. A right answer to a held-out problem is therefore worked out, not remembered.
 """
 
 from __future__ import annotations
@@ -28,68 +28,84 @@ TRAINING_RECORDS = 20_000
 HELD_OUT_RECORDS = 500
 
 _HELD_OUT_SHARE = 5  # one pair in so many
-_SMALLEST = 11  # both numbers of + and -, the larger one of * and /: single digits belong to the working
+_TWO_STEP_SHARE = 4  # one problem in so many
+_SMALLEST = 11  # of both numbers of + and -, and of the one that is multiplied or halved
 _LARGEST = 99
-_FACTORS = range(2, 10)
+# With larger factors some products of digits would occur in a single pair of numbers: held out, that pair would ask
+# for a fact that training never shows.
+_FACTORS = (2, 3)
+_DIVISORS = (2,)
 
-_NAMES = ("Ann", "Ben", "Carla", "Dan", "Emma", "Finn", "Grace", "Hugo", "Iris", "Jack", "Kate", "Leo", "Maya", "Noah",
-          "Olga", "Paul", "Rosa", "Sam", "Tina", "Will")  # fmt: skip
-_THINGS = ("apples", "balls", "beads", "books", "cakes", "cards", "clips", "coins", "cups", "eggs", "flowers", "hats",
-           "keys", "marbles", "nuts", "pens", "plums", "shells", "stamps", "toys")  # fmt: skip
-_PLACES = ("bag", "basket", "box", "drawer", "jar", "shelf")
+_NAMES = ("Ann", "Ben", "Carla", "Dan", "Emma", "Finn", "Grace", "Hugo", "Iris", "Jack", "Kate", "Leo", "Maya",
+          "Noah", "Olga", "Paul", "Rosa", "Sam", "Tina", "Will")  # fmt: skip
+_THINGS = ("apples", "balls", "beads", "books", "cakes", "cards", "clips", "coins", "cups", "eggs", "flowers",
+           "hats", "keys", "marbles", "nuts", "pens", "plums", "shells", "stamps", "toys")  # fmt: skip
+_PLACES = {
+    "bag": "bags",
+    "basket": "baskets",
+    "box": "boxes",
+    "drawer": "drawers",
+    "jar": "jars",
+    "shelf": "shelves",
+}
 
-# {a} and {b} are the numbers of the first step, {c} the number that the second step adds to the first one's result.
-_ONE_STEP: dict[Operation, tuple[str, ...]] = {
-    "+": (
+# {a} and {b} are the numbers of the first step, {c} the one that the second step joins to the first one's result.
+# Two lines of text in brackets are one template.
+_TEMPLATES: dict[tuple[Operation, ...], tuple[str, ...]] = {
+    ("+",): (
         "{name} has {a} {things}. {other} gives {name} {b} more {things}. How many {things} does {name} have now?",
         "{name} found {a} {things} on Monday and {b} {things} on Friday. How many {things} did {name} find?",
-        "There are {a} {things} in one {place} and {b} {things} in another {place}. How many {things} are there in all?",
+        "One {place} holds {a} {things} and another holds {b} {things}. How many {things} are there in all?",
         "{name} has {a} {things} and {other} has {b} {things}. How many {things} do they have together?",
-        "{name} made {a} {things}. {other} made {b} more {things} than {name}. How many {things} did {other} make?",
+        "{name} made {a} {things}. {other} made {b} more than {name}. How many {things} did {other} make?",
         "After selling {b} {things}, {name} has {a} {things} left. How many {things} did {name} have before?",
     ),
-    "-": (
+    ("-",): (
         "{name} has {a} {things}. {name} gives {b} {things} to {other}. How many {things} does {name} have left?",
-        "There were {a} {things} in a {place}. {name} took {b} of them. How many {things} are still in the {place}?",
+        "There were {a} {things} in a {place}. {name} took {b} of them. How many {things} are still there?",
         "{name} needs {a} {things} and has {b} {things}. How many more {things} does {name} need?",
         "{name} had {a} {things} and lost {b} of them. How many {things} are left?",
-        "{name} made {a} {things}. {other} made {b} fewer {things} than {name}. How many {things} did {other} make?",
-        "{other} has {b} {things}. {name} has {a} {things}. How many more {things} does {name} have than {other}?",
+        "{name} made {a} {things}. {other} made {b} fewer than {name}. How many {things} did {other} make?",
+        "{other} has {b} {things}. {name} has {a} {things}. How many more {things} does {name} have?",
     ),
-    "*": (
+    ("*",): (
         "{name} fills {b} {places} with {a} {things} each. How many {things} is that?",
         "Each {place} holds {a} {things}. How many {things} do {b} {places} hold?",
         "{name} makes {a} {things} every day. How many {things} does {name} make in {b} days?",
-        "{other} has {a} {things}. {name} has {b} times as many {things}. How many {things} does {name} have?",
+        "{other} has {a} {things}. {name} has {b} times as many. How many {things} does {name} have?",
     ),
-    "/": (
-        "{name} puts {a} {things} into {b} {places}, the same number in each. How many {things} are in each {place}?",
+    ("/",): (
+        "{name} puts {a} {things} into {b} {places}, the same number in each. How many {things} are in each?",
         "{b} friends share {a} {things} equally. How many {things} does each friend get?",
-        "{name} made {a} {things} in {b} days, the same number every day. How many {things} did {name} make a day?",
+        "{name} made {a} {things} in {b} days, the same number every day. How many {things} is that a day?",
     ),
-}
-_TWO_STEPS: dict[tuple[Operation, Operation], tuple[str, ...]] = {
     ("+", "-"): (
         "{name} has {a} {things}, finds {b} more {things} and then loses {c}. How many {things} are left?",
-        "{name} made {a} {things} and {other} made {b} {things}. They sold {c} of them. How many {things} are left?",
+        "{name} made {a} {things} and {other} made {b}. They sold {c} of them. How many {things} are left?",
     ),
     ("-", "+"): (
-        "{name} had {a} {things}, gave {b} of them to {other} and found {c} more. How many {things} does {name} have now?",
-    ),
-    ("+", "*"): (
-        "{name} makes {a} {things} and {other} makes {b} {things} every day. How many {things} do they make in {c} days?",
-    ),
-    ("*", "+"): (
-        "{name} fills {b} {places} with {a} {things} each. {c} more {things} are left. How many {things} is that in all?",
-    ),
-    ("*", "-"): (
-        "{name} buys {b} {places} with {a} {things} each and loses {c} of the {things}. How many {things} are left?",
-    ),
-    ("/", "+"): (
-        "{b} friends share {a} {things} equally. {name} is one of them and had {c} {things} before. "
+        "{name} had {a} {things}, gave {b} of them to {other} and found {c} more. "
         "How many {things} does {name} have now?",
     ),
-}
+    ("+", "*"): (
+        "{name} makes {a} {things} and {other} makes {b} {things} every day. "
+        "How many {things} do they make in {c} days?",
+    ),
+    ("*", "+"): (
+        "{name} fills {b} {places} with {a} {things} each. {c} more {things} are left. "
+        "How many {things} is that in all?",
+    ),
+    ("*", "-"): (
+        "{name} buys {b} {places} with {a} {things} each and loses {c} of the {things}. "
+        "How many {things} are left?",
+    ),
+    ("/", "+"): (
+        "{name} and {other} share {a} {things} in {b} equal parts. {name} had {c} {things} before. "
+        "How many {things} does {name} have now?",
+    ),
+}  # fmt: skip
+_ONE_STEP = tuple(operations for operations in _TEMPLATES if len(operations) == 1)
+_TWO_STEPS = tuple(operations for operations in _TEMPLATES if len(operations) == 2)
 
 
 @dataclass(frozen=True)
@@ -137,20 +153,20 @@ def problems(count: int, seed: int, held_out: bool) -> list[tuple[Record, tuple[
 
 
 def _problem(rng: Random, held_out: bool) -> tuple[Record, tuple[Step, ...]]:
-    if _below(rng, 4) == 0:
-        operations: tuple[Operation, ...] = _pick(rng, tuple(_TWO_STEPS))
-        template = _pick(rng, _TWO_STEPS[operations])
-    else:
-        operations = (_pick(rng, tuple(_ONE_STEP)),)
-        template = _pick(rng, _ONE_STEP[operations[0]])
+    operations = _pick(rng, _TWO_STEPS if _below(rng, _TWO_STEP_SHARE) == 0 else _ONE_STEP)
+    template = _pick(rng, _TEMPLATES[operations])
     steps = _steps(rng, operations, held_out)
-    numbers = {"a": steps[0].left, "b": steps[0].right, "c": steps[-1].right}
     name = _pick(rng, _NAMES)
-    other = _pick(rng, tuple(choice for choice in _NAMES if choice != name))
-    place = _pick(rng, _PLACES)
-    plural = {"box": "boxes", "shelf": "shelves"}.get(place, f"{place}s")
+    place = _pick(rng, tuple(_PLACES))
     question = template.format(
-        name=name, other=other, things=_pick(rng, _THINGS), place=place, places=plural, **numbers
+        a=steps[0].left,
+        b=steps[0].right,
+        c=steps[-1].right,
+        name=name,
+        other=_pick(rng, tuple(choice for choice in _NAMES if choice != name)),
+        things=_pick(rng, _THINGS),
+        place=place,
+        places=_PLACES[place],
     )
     return {"question": question, "answer": _answer(steps)}, steps
 
@@ -175,32 +191,33 @@ def _steps(rng: Random, operations: tuple[Operation, ...], held_out: bool) -> tu
 
 
 def _right_number(rng: Random, operation: Operation, left: int) -> int:
-    if operation in "*/":
-        return _pick(rng, tuple(_FACTORS))
+    if operation == "*":
+        return _pick(rng, _FACTORS)
+    if operation == "/":
+        return _pick(rng, _DIVISORS)
     top = _LARGEST - left if operation == "+" else left - 1
     return _SMALLEST + _below(rng, max(1, top - _SMALLEST + 1))
 
 
 def _fits(step: Step) -> bool:
+    """Whether the numbers of a step are modest: two digits on the left, a result of one or two digits."""
     if step.left < _SMALLEST or not 0 < step.result <= _LARGEST:
         return False
-    if step.operation == "-":
-        return step.right < step.left
     return step.operation != "/" or (step.left % step.right == 0 and step.result >= 10)
 
 
 def working(step: Step) -> str:
     """The line that works a step out digit by digit.
 
-    48+24: 8+4=12, 4+2+1=7, 48+24=72      ones, then tens with the carry
-    52-27: 12-7=5, 5-2-1=2, 52-27=25      ones, ten lent if need be, then tens
-    14*3: 4*3=12, 1*3+1=4, 14*3=42        ones, then tens with the carry
-    56/4: 5/4=1 r1, 16/4=4, 56/4=14       tens with their rest, then ones
+    48+24: 8+4=12, 4+2+1=7 -> 72      ones, then tens with the carry
+    52-27: 12-7=5, 5-2-1=2 -> 25      ones, with a ten lent if need be, then tens
+    27*3: 7*3=21, 2*3+2=8 -> 81       ones, then tens with the carry
+    56/2: 5/2=2 r1, 16/2=8 -> 28      tens and their rest, then ones
     """
     head = f"{step.left}{step.operation}{step.right}"
     tens, ones = divmod(step.left, 10)
     first, second = _DIGIT_WORK[step.operation](tens, ones, step.right)
-    return f"{head}: {first}, {second}, {head}={step.result}"
+    return f"{head}: {first}, {second} -> {step.result}"
 
 
 def _add(tens: int, ones: int, right: int) -> tuple[str, str]:

@@ -29,7 +29,7 @@ def read_facts(reader: ConfigReader) -> ModelFacts:
     head_dim = (
         reader.size("head_dim") if reader.config.get("head_dim") is not None else max(hidden // heads, 1)
     )
-    if sizes_known and head_dim % 2:
+    if not reader.is_bad("hidden_size", "num_attention_heads", "head_dim") and head_dim % 2:
         reader.report("head_dim", head_dim, "must be even for RoPE", "pairs of 2", str(head_dim + 1))
     return ModelFacts(
         family="llama",

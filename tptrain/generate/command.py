@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tptrain.backends.base import Backend, Tensors
-from tptrain.backends.make import make_backend
+from tptrain.backends.make import make_backend, prepare_process
 from tptrain.ckpt.checkpointer import PARAMS, Checkpointer
 from tptrain.ckpt.reading import find_step, is_step_folder
 from tptrain.config.overrides import apply_overrides
@@ -69,6 +69,7 @@ def answer(folder: Path, prompt: str, new_tokens: int, overrides: Sequence[str] 
     """The greedy continuation of `prompt` by the model in `folder`."""
     source = folder if (folder / "config.json").exists() else find_step(folder, "model")
     plan = plan_recipe(apply_overrides(_recipe(source), overrides))
+    prepare_process(plan)
     tokenizer = load_tokenizer(plan.recipe.model)
     ids = encode_prompt(tokenizer, prompt)
     if not ids:

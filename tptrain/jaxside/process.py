@@ -14,5 +14,6 @@ def setup_jax(num_devices: int) -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    if jax.config.read("jax_num_cpu_devices") != num_devices:
+    # jax's stubs do not know the option; setting it again after JAX has started would raise.
+    if getattr(jax.config, "jax_num_cpu_devices") != num_devices:  # noqa: B009
         jax.config.update("jax_num_cpu_devices", num_devices)

@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from tptrain.backends.base import Backend, Tensors, TensorSource
-from tptrain.backends.make import make_backend
+from tptrain.backends.make import make_backend, prepare_process
 from tptrain.ckpt.checkpointer import PARAMS, Checkpointer
 from tptrain.ckpt.reading import is_step_folder
 from tptrain.config.plan import Plan
@@ -70,6 +70,7 @@ def train(plan: Plan, console: Console | None = None) -> RunResult:
     Raises ProblemsError before anything is written when the inputs or the output folder do not allow the run.
     """
     console = console or Console(highlight=False)
+    prepare_process(plan)
     folder = RunFolder(Path(plan.output_dir).expanduser())
     raise_if_any(folder_problems(plan, folder))
     prepared = prepare(plan, folder, console)

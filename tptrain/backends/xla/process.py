@@ -29,7 +29,8 @@ def setup_process(topology: Topology) -> None:
     set_environment(topology, os.environ)
     import torch_xla.runtime as xr
 
-    xr.use_spmd()
+    if not xr.is_spmd():
+        xr.use_spmd()
     found = xr.global_runtime_device_count()
     if found != topology.num_devices:
         rule = "must have as many devices as the runtime has opened"

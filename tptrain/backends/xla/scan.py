@@ -36,7 +36,7 @@ class _Substitute(torch.autograd.Function):
 
 
 class Keeper:
-    """A mark that records the kept activations in the forward loop and puts them back in the backward loop."""
+    """A mark that records kept activations in the forward loop and puts them back in the backward loop."""
 
     def __init__(self, names: frozenset[str]):
         self.names = names

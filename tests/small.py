@@ -1,0 +1,250 @@
+"""Small Llamas of which no two sizes are equal, rows of tokens for them, and plans that train them.
+
+The weights are wide (standard deviation 0.1) so that the logits have a standard deviation of at least 1: with
+a fresh model's 0.02, RoPE scaling or a wrong mask would hide in the rounding of the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tptrain.backends.base import Backend, HostShards, Tensors
+from tptrain.config import (
+    DataSection,
+    MeshSection,
+    ModelSection,
+    OptimSection,
+    Plan,
+    PrecisionSection,
+    Recipe,
+    RematSection,
+    ScheduleSection,
+)
+from tptrain.config.planning import plan_recipe
+from tptrain.family import ParamRow
+from tptrain.mesh import shard_slices
+from tptrain.train.schedule import step_scalars
+
+Arrays = dict[str, np.ndarray]
+
+WEIGHT_STD = 0.1
+VOCAB, ROWS, TOKENS, STEPS = 1031, 8, 32, 10
+
+# 24 heads and 8 kv heads, so that tensor=8 divides them; an epsilon that a layer's output depends on.
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": VOCAB,
+    "hidden_size": 120,
+    "intermediate_size": 176,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "head_dim": 10,
+    "rms_norm_eps": 1e-3,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default", "rope_theta": 10000.0},
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    # With head_dim 10 the wavelengths are 6, 40, 250, ...: one kept, one blended, three divided.
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+def small_config(rope: str = "default", **changes: Any) -> dict[str, Any]:
+    """CONFIG with one of ROPES and any other field changed."""
+    return {**CONFIG, "rope_parameters": dict(ROPES[rope]), **changes}
+
+
+def reference_model(config: Mapping[str, Any]) -> Any:
+    """transformers' model of a config, in float32 with eager attention and every tensor random."""
+    made = LlamaConfig(**config)
+    made._attn_implementation = "eager"
+    model = LlamaForCausalLM(made).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:  # not ones, which would hide a norm whose scale is forgotten
+                parameter.copy_(1 + 0.2 * noise)
+            else:
+                parameter.copy_(WEIGHT_STD * noise)
+    return model
+
+
+def weights_of(model: Any) -> Tensors:
+    """Name -> tensor of every parameter of a reference model; a tied one once."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+class DictSource:
+    """A TensorSource over whole tensors. `reads` lists every (row name, slices) asked for."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]):
+        self.tensors = dict(tensors)
+        self.reads: list[tuple[str, tuple[slice, ...]]] = []
+
+    def read(self, row: ParamRow, index: tuple[slice, ...]) -> torch.Tensor:
+        self.reads.append((row.name, index))
+        return self.tensors[row.name][index]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of tokens as the decoder takes them: three int32 arrays [B, T]. Segment 0 is padding."""
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    segment_ids: np.ndarray
+
+    @property
+    def real(self) -> np.ndarray:
+        return self.segment_ids > 0
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        arrays = (self.tokens, self.positions, self.segment_ids)
+        return tuple(torch.from_numpy(array) for array in arrays)  # type: ignore[return-value]
+
+
+def _rows(segments: list[list[int]], length: int, seed: int, vocab: int) -> Rows:
+    """One row per list: lengths of its segments in order, negative for padding, zeros to the end."""
+    tokens = np.random.default_rng(seed).integers(0, vocab, (len(segments), length), dtype=np.int32)
+    positions, ids = np.zeros_like(tokens), np.zeros_like(tokens)
+    for row, lengths in enumerate(segments):
+        at, number = 0, 0
+        for size in lengths:
+            if size > 0:
+                number += 1
+                positions[row, at : at + size] = np.arange(size)
+                ids[row, at : at + size] = number
+            at += abs(size)
+        assert at <= length
+    return Rows(tokens, positions, ids)
+
+
+def padded_rows(length: int = 48, seed: int = 1, vocab: int = VOCAB) -> Rows:
+    """A full row, two padded on the right, one padded on the left."""
+    return _rows([[length], [length - 17], [5], [-11, length - 11]], length, seed, vocab)
+
+
+def packed_rows(length: int = TOKENS, seed: int = 2, vocab: int = VOCAB) -> Rows:
+    """ROWS rows of several segments each, most with padding at the end; a full one and an empty one too."""
+    layout = [[9, 13, 7], [length], [length - 10, 10], [1, 2, 3, 4], [20, 5], [], [3, length - 3], [15]]
+    assert len(layout) == ROWS
+    return _rows(layout, length, seed, vocab)
+
+
+def reference_logits(model: Any, rows: Rows) -> torch.Tensor:
+    """transformers' logits [B, T, V] under an explicit mask: same segment, no later token."""
+    tokens, positions, segments = (tensor.long() for tensor in rows.tensors())
+    length = tokens.shape[1]
+    allowed = torch.ones(length, length, dtype=torch.bool).tril()
+    allowed = allowed & (segments[:, :, None] == segments[:, None, :])
+    mask = torch.where(allowed, 0.0, torch.finfo(torch.float32).min)[:, None]
+    with torch.no_grad():
+        logits = model(input_ids=tokens, position_ids=positions, attention_mask=mask).logits
+    spread = logits[torch.from_numpy(rows.real)].std().item()
+    assert spread >= 1, f"logits have a standard deviation of {spread}: too small to show a fault"
+    return logits
+
+
+def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """max|ours - theirs| / max|theirs|."""
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def small_plan(
+    fsdp: int = 1,
+    tensor: int = 1,
+    data: int = 1,
+    *,
+    backend: str = "xla",
+    topology: str = "cpu-8",
+    config: Mapping[str, Any] = CONFIG,
+    remat: str = "none",
+    accumulation: int = 1,
+    optim: Mapping[str, Any] | None = None,
+    format: str = "float32",
+) -> Plan:
+    """The plan of a small run: ROWS rows of TOKENS tokens per micro-batch, STEPS steps."""
+    settings: dict[str, Any] = {"learning_rate": 1e-2, "weight_decay": 0.1, **(optim or {})}
+    recipe = Recipe(
+        name="small",
+        topology="cpu-1" if backend == "torch" else topology,
+        backend=backend,  # type: ignore[arg-type]
+        model=ModelSection(config=dict(config), tokenizer="train"),
+        data=DataSection(path="train.jsonl", seq_len=TOKENS, batch_rows=ROWS * accumulation),
+        mesh=MeshSection(data=data, fsdp=fsdp, tensor=tensor),
+        optim=OptimSection(accumulation=accumulation, **settings),
+        schedule=ScheduleSection(max_steps=STEPS, warmup_steps=2),
+        precision=PrecisionSection(compute=format, master=format),  # type: ignore[arg-type]
+        remat=RematSection(policy=remat),  # type: ignore[arg-type]
+    )
+    return plan_recipe(recipe, environ={})
+
+
+def torch_plan(**changes: Any) -> Plan:
+    """The same run on the torch backend."""
+    return small_plan(backend="torch", **changes)
+
+
+def train_batch(step: int, accumulation: int = 1) -> Arrays:
+    """The batch of a step: packed rows, of whose targets about two thirds count, unevenly over rows."""
+    parts = [packed_rows(seed=1000 * step + micro) for micro in range(accumulation)]
+    tokens = np.stack([part.tokens for part in parts])
+    segments = np.stack([part.segment_ids for part in parts])
+    counts = np.random.default_rng(step).random(tokens.shape) < np.linspace(0.3, 1.0, ROWS)[:, None]
+    same = np.zeros_like(counts)
+    same[..., :-1] = (segments[..., 1:] == segments[..., :-1]) & (segments[..., 1:] > 0)
+    return {
+        "tokens": tokens,
+        "targets": np.roll(tokens, -1, axis=-1),
+        "weights": (counts & same).astype(np.float32),
+        "positions": np.stack([part.positions for part in parts]),
+        "segment_ids": segments,
+    }
+
+
+def step_inputs(backend: Backend, plan: Plan, constants: Tensors, step: int) -> Tensors:
+    """All inputs of the train step number `step`, on the backend's devices."""
+    recipe = plan.recipe
+    scalars = step_scalars(step, STEPS, recipe.schedule, recipe.optim)
+    batch = train_batch(step, recipe.optim.accumulation)
+    return {**backend.put_batch(batch), **backend.put_scalars(scalars), **constants}
+
+
+def whole(held: HostShards, axis_sizes: Mapping[str, int]) -> torch.Tensor:
+    """One tensor from its shards; replicas must be equal, and every element must be held."""
+    slices = shard_slices(held.shape, held.spec, axis_sizes)
+    first = next(iter(held.shards.values()))
+    full = torch.empty(held.shape, dtype=first.dtype)
+    written = torch.zeros(held.shape, dtype=torch.bool)
+    for position, piece in held.shards.items():
+        here = slices[position]
+        assert not written[here].any() or torch.equal(full[here], piece), f"replicas differ at {here}"
+        full[here], written[here] = piece, True
+    assert written.all()
+    return full
+
+
+def whole_rows(backend: Backend, plan: Plan, buffers: Tensors) -> Tensors:
+    """Buffers of a backend as whole tensors in memory size, by row name."""
+    held = backend.host_shards(buffers)
+    return {name: whole(shards, plan.mesh.axis_sizes) for name, shards in held.items()}
