@@ -18,23 +18,24 @@ from tptrain.config import (
 TINY_LLAMA = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 512,
+    "vocab_size": 576,
     "hidden_size": 128,
-    "intermediate_size": 352,
+    "intermediate_size": 384,
     "num_hidden_layers": 3,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "rope_theta": 10000.0,
     "max_position_embeddings": 256,
-    "tie_word_embeddings": False,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.05,
 }
 
 RECIPE = Recipe(
     name="tiny_word_problems",
     model=ModelSection(config=TINY_LLAMA, tokenizer="train"),
-    data=DataSection(path="builtin:word_problems", preset="gsm8k", seq_len=128, batch_rows=64),
+    data=DataSection(path="builtin:word_problems", preset="gsm8k", seq_len=112, batch_rows=24),
     optim=OptimSection(learning_rate=3e-3),
-    schedule=ScheduleSection(max_steps=1000, warmup_steps=50),
+    schedule=ScheduleSection(max_steps=800, warmup_steps=40),
     precision=PrecisionSection(compute="float32"),
     eval=EvalSection(problems=200, path="builtin:word_problems", max_new_tokens=64),
 )

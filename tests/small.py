@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,9 @@ from tptrain.train.schedule import step_scalars
 Arrays = dict[str, np.ndarray]
 
 WEIGHT_STD = 0.1
-VOCAB, ROWS, TOKENS, STEPS = 1031, 8, 32, 10
+VOCAB, ROWS, TOKENS = 1031, 8, 32
+# A test takes the first ten of twenty planned steps, so that the learning rate is never 0.
+STEPS, PLANNED_STEPS = 10, 20
 
 # 24 heads and 8 kv heads, so that tensor=8 divides them; an epsilon that a layer's output depends on.
 CONFIG: dict[str, Any] = {
@@ -73,6 +76,10 @@ def small_config(rope: str = "default", **changes: Any) -> dict[str, Any]:
     return {**CONFIG, "rope_parameters": dict(ROPES[rope]), **changes}
 
 
+LLAMA3 = small_config("llama3")
+LLAMA3_TIED = small_config("llama3", tie_word_embeddings=True)
+
+
 def reference_model(config: Mapping[str, Any]) -> Any:
     """transformers' model of a config, in float32 with eager attention and every tensor random."""
     made = LlamaConfig(**config)
@@ -87,6 +94,12 @@ def reference_model(config: Mapping[str, Any]) -> Any:
             else:
                 parameter.copy_(WEIGHT_STD * noise)
     return model
+
+
+@cache
+def reference(tied: bool = False) -> Any:
+    """The reference model of LLAMA3 or LLAMA3_TIED."""
+    return reference_model(LLAMA3_TIED if tied else LLAMA3)
 
 
 def weights_of(model: Any) -> Tensors:
@@ -177,14 +190,14 @@ def small_plan(
     *,
     backend: str = "xla",
     topology: str = "cpu-8",
-    config: Mapping[str, Any] = CONFIG,
+    config: Mapping[str, Any] = LLAMA3,
     remat: str = "none",
     accumulation: int = 1,
     optim: Mapping[str, Any] | None = None,
     format: str = "float32",
 ) -> Plan:
-    """The plan of a small run: ROWS rows of TOKENS tokens per micro-batch, STEPS steps."""
-    settings: dict[str, Any] = {"learning_rate": 1e-2, "weight_decay": 0.1, **(optim or {})}
+    """The plan of a small run: ROWS rows of TOKENS tokens per micro-batch."""
+    settings: dict[str, Any] = {"learning_rate": 2e-3, "weight_decay": 0.1, **(optim or {})}
     recipe = Recipe(
         name="small",
         topology="cpu-1" if backend == "torch" else topology,
@@ -193,7 +206,7 @@ def small_plan(
         data=DataSection(path="train.jsonl", seq_len=TOKENS, batch_rows=ROWS * accumulation),
         mesh=MeshSection(data=data, fsdp=fsdp, tensor=tensor),
         optim=OptimSection(accumulation=accumulation, **settings),
-        schedule=ScheduleSection(max_steps=STEPS, warmup_steps=2),
+        schedule=ScheduleSection(max_steps=PLANNED_STEPS, warmup_steps=2),
         precision=PrecisionSection(compute=format, master=format),  # type: ignore[arg-type]
         remat=RematSection(policy=remat),  # type: ignore[arg-type]
     )
@@ -223,10 +236,10 @@ def train_batch(step: int, accumulation: int = 1) -> Arrays:
 
 
 def step_inputs(backend: Backend, plan: Plan, constants: Tensors, step: int) -> Tensors:
-    """All inputs of the train step number `step`, on the backend's devices."""
+    """All inputs of the train step number `step`, on the backend's devices. Two batches take turns."""
     recipe = plan.recipe
-    scalars = step_scalars(step, STEPS, recipe.schedule, recipe.optim)
-    batch = train_batch(step, recipe.optim.accumulation)
+    scalars = step_scalars(step, PLANNED_STEPS, recipe.schedule, recipe.optim)
+    batch = train_batch(step % 2, recipe.optim.accumulation)
     return {**backend.put_batch(batch), **backend.put_scalars(scalars), **constants}
 
 

@@ -57,7 +57,7 @@ def write_pretrained(folder: Path, **config: Any) -> Path:
 
 
 def small_recipe(
-    pretrained: Path, records: Path, output_dir: Path, mesh: MeshSection | None = None, **top: Any
+    pretrained: Path, records: Path, output_dir: Path | str, mesh: MeshSection | None = None, **top: Any
 ) -> Recipe:
     """20 steps of 8 rows in float32; `top` replaces settings at the top of the recipe or whole sections."""
     sections = {

@@ -135,10 +135,6 @@ BAD_INPUTS: list[BadInput] = [
         'Unknown split "validation"', "a subset and a split that the data set has",
     ),
     BadInput(
-        "subset of a file", lambda tmp: load(tmp, subset="main"),
-        "data.subset", "main", "names a part of a hub data set", "has no subsets", "none",
-    ),
-    BadInput(
         "unknown split of a saved folder", misspelt_split,
         "data.split", "tets", "is not a known split", "known: test, train", "'test' (did you mean it?)",
     ),

@@ -1,9 +1,9 @@
 """Training on one device gives the curve of an independent trainer, on either backend."""
 
 import pytest
+
 from tests.curves import journal_losses, reference_losses
 from tests.small_run import small_recipe
-
 from tptrain.config.planning import plan_recipe
 from tptrain.train.journal import read_journal
 from tptrain.train.run import train
@@ -19,9 +19,7 @@ def reference(pretrained, records, tmp_path_factory):
 
 @pytest.mark.parametrize("backend", ["xla", "torch"])
 def test_first_20_losses_equal_those_of_transformers(pretrained, records, reference, tmp_path, backend):
-    plan = plan_recipe(
-        small_recipe(pretrained, records, tmp_path / "run", topology="cpu-1", backend=backend)
-    )
+    plan = plan_recipe(small_recipe(pretrained, records, tmp_path / "run", topology="cpu-1", backend=backend))
     train(plan)
     assert journal_losses(tmp_path / "run") == pytest.approx(reference, rel=1e-4)
 

@@ -23,7 +23,7 @@ BIASED = small.small_config(attention_bias=True, mlp_bias=True)
 
 @cache
 def weights(biased: bool = False) -> Tensors:
-    return small.weights_of(small.reference_model(BIASED if biased else small.CONFIG))
+    return small.weights_of(small.reference_model(BIASED) if biased else small.reference())
 
 
 class Training:
@@ -108,7 +108,7 @@ def test_adamw_equals_torch_optim(format: str, tolerance: float, clip_norm: floa
         gradients = {
             n: torch.randn(p.shape, generator=generator, dtype=p.dtype) * scale for n, p in reference.items()
         }
-        scalars = run.backend.put_scalars(step_scalars(step, small.STEPS, schedule, optim))
+        scalars = run.backend.put_scalars(step_scalars(step, small.PLANNED_STEPS, schedule, optim))
         norms.append(global_norm(gradients))
         parts = adamw(run.state, gradients, norms[-1], scalars, run.backend.layout, optim)
         run.state.update({f"{part}/{name}": t for part in PARTS for name, t in parts[part].items()})
@@ -119,7 +119,7 @@ def test_adamw_equals_torch_optim(format: str, tolerance: float, clip_norm: floa
                 norms[-1].item(), rel=1e-5
             )
         for group in theirs.param_groups:
-            group["lr"] = learning_rate(step, small.STEPS, schedule, optim)
+            group["lr"] = learning_rate(step, small.PLANNED_STEPS, schedule, optim)
         theirs.step()
     assert min(norms) < 1 < max(norms), "the clipping norm must lie between the gradients' norms"
     for name, parameter in reference.items():
@@ -167,7 +167,7 @@ def test_loss_equals_cross_entropy_of_transformers() -> None:
     inputs = run.inputs(1)
     loss, _, _ = run.gradients(inputs)
     rows = small.Rows(*(inputs[name][0].numpy() for name in ("tokens", "positions", "segment_ids")))
-    logits = small.reference_logits(small.reference_model(small.CONFIG), rows)
+    logits = small.reference_logits(small.reference(), rows)
     counts = inputs["weights"][0] > 0
     expected = torch.nn.functional.cross_entropy(logits[counts], inputs["targets"][0][counts].long())
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)

@@ -1,6 +1,7 @@
 """Whole runs on 8 virtual devices, in one process."""
 
 import pytest
+
 from tests.device_process import open_devices
 from tests.small_run import write_pretrained, write_records
 

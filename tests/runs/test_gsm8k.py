@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.curves import journal_losses
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.curves import journal_losses
 from tptrain.ckpt.reading import StepReader
 from tptrain.config.overrides import apply_overrides
 from tptrain.config.plan import Plan
@@ -101,6 +101,7 @@ def test_exported_tokenizer_is_the_runs(result):
     text = "Question: Natalia sold 48 clips.\nAnswer: 48/2 = 24"
     assert exported(text).input_ids == assets(text).input_ids
     assert exported.chat_template == assets.chat_template
-    assert exported.eos_token_id in AutoModelForCausalLM.from_pretrained(
-        result.export_dir
-    ).generation_config.eos_token_id
+    assert (
+        exported.eos_token_id
+        in AutoModelForCausalLM.from_pretrained(result.export_dir).generation_config.eos_token_id
+    )

@@ -1,9 +1,9 @@
 """Training on a mesh gives the curve of an independent trainer."""
 
 import pytest
+
 from tests.curves import journal_losses, reference_losses
 from tests.small_run import small_recipe
-
 from tptrain.config import MeshSection
 from tptrain.config.planning import plan_recipe
 from tptrain.train.run import train

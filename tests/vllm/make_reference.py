@@ -7,6 +7,9 @@ tokenizer makes of the text), `token_ids` (the TOKENS tokens that follow) and `m
 largest logit minus the second largest, so that a reader can tell a decision from a near-tie. An
 end-of-sequence token does not end the generation: every prompt gets TOKENS tokens, and check_export.py asks
 vLLM for the same.
+
+A near-tie between two experts of a mixture-of-experts layer does not show in `margins`: there the chosen
+expert, and with it the token, may change for one rounding error.
 """
 
 import argparse

@@ -82,7 +82,7 @@ class Layout:
 
     @staticmethod
     def stacked(table: Sequence[ParamRow], specs: Mapping[str, Spec], period: int) -> Layout:
-        """Layers stacked for a scan: layer i is at index i // period of the buffers of position i % period."""
+        """Layers stacked for a scan: layer i is at index i // period of position i % period."""
         groups: dict[str, list[ParamRow]] = {}
         for row in stored_rows(table):
             match = _LAYER_NAME.match(row.name)
@@ -140,6 +140,8 @@ class Backend(Protocol):
     """Devices, buffers and compiled functions behind one interface."""
 
     layout: Layout
+    # Whether the devices compute while the host does other things (chips do, virtual CPU devices do not).
+    works_beside_host: bool
 
     def decoder(self) -> Decoder:
         """The model as this backend runs it; its parameters carry the names of the layout's buffers."""

@@ -13,7 +13,7 @@ from tptrain.config.plan import Plan
 def prepare_process(plan: Plan) -> None:
     """State in this process's environment which devices the plan uses; nothing is opened yet.
 
-    Call it before anything imports transformers, which asks torch_xla for a device when it finds it installed.
+    Call it before transformers is imported, which asks torch_xla for a device where that is installed.
     """
     quiet_libraries()
     if plan.recipe.backend == "xla":

@@ -55,6 +55,7 @@ class TorchBackend:
     def __init__(self, plan: Plan):
         assert plan.num_devices == 1, "the torch backend runs on one device"
         self.plan = plan
+        self.works_beside_host = False
         self.layout = Layout.plain(plan.table, plan.specs)
 
     def decoder(self) -> Decoder:

@@ -58,6 +58,8 @@ class Batches:
         self.batch_rows = section.batch_rows
         self.shape = (accumulation, section.batch_rows // accumulation, section.seq_len)
         self.total_samples = total_samples
+        # Imports Grain here, not in the thread of `prefetch`, beside whatever the main thread imports then.
+        sample_at(0, len(dataset), self.seed)
 
     def batch_at(self, cursor: int) -> Batch:
         """The batch whose first row is global sample `cursor`.

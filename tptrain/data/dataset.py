@@ -89,21 +89,23 @@ def tokenize_records(
 ) -> tuple[TokenizedDataset, Counts]:
     """Render every record once. A record of at most seq_len tokens, EOS included, fits a row.
 
-    Raises ProblemsError when a column is missing or no record is left.
+    The tokenizer has passed `check_tokenizer`. Raises ProblemsError when a column is missing or no record is
+    left.
     """
+    assert tokenizer.eos_token_id is not None
     raise_if_any(check_columns(records, section))
     kept: list[Rendered] = []
     dropped: Counter[str] = Counter()
     truncated, longest = 0, 0
     for rendered in _render_all(records, tokenizer, section):
-        fitted = rendered if isinstance(rendered, str) else _fit(rendered, section)
-        if not isinstance(rendered, str):
-            longest = max(longest, len(rendered.ids))
+        length = 0 if isinstance(rendered, str) else len(rendered.ids)
+        longest = max(longest, length)
+        fitted = _fit(rendered, section)
         if isinstance(fitted, str):
             dropped[fitted] += 1
-            continue
-        truncated += fitted is not rendered
-        kept.append(fitted)
+        else:
+            kept.append(fitted)
+            truncated += len(fitted.ids) < length
     if not kept:
         raise _nothing_left(section, dropped, longest)
     dataset = TokenizedDataset.of(kept, padding_id(tokenizer))
@@ -125,14 +127,15 @@ def _render_all(
         yield from render_many(tokenizer, prompts, completions)
 
 
-def _fit(row: Rendered, section: DataSection) -> Rendered | str:
+def _fit(row: Rendered | str, section: DataSection) -> Rendered | str:
     """The row if it fits, its beginning if it is to be truncated, or the reason to drop it."""
-    if len(row.ids) <= section.seq_len:
+    if isinstance(row, str):
         return row
-    if section.too_long == "drop":
-        return TOO_LONG
-    mask = row.loss_mask[: section.seq_len]
-    return Rendered(row.ids[: section.seq_len], mask) if mask.any() else NOTHING_COUNTED
+    if len(row.ids) > section.seq_len:
+        if section.too_long == "drop":
+            return TOO_LONG
+        row = Rendered(row.ids[: section.seq_len], row.loss_mask[: section.seq_len])
+    return row if row.loss_mask.any() else NOTHING_COUNTED
 
 
 def _nothing_left(section: DataSection, dropped: Mapping[str, int], longest: int) -> Exception:

@@ -31,18 +31,13 @@ def load_records(
     """The first `max_records` records (all of them if None) of a data set, each a dict of columns.
 
     path:    a JSONL or parquet file, a folder saved by `datasets`, a hub id, or "builtin:word_problems".
-    subset:  configuration of a hub data set; a problem anywhere else, where it would do nothing.
+    subset:  configuration of a hub data set. Anything else has none: the same recipe takes a local copy.
     split:   of a hub data set, a saved DatasetDict or a builtin. A file and a single saved Dataset have none.
     setting: what to call `path` in problems; those about subset and split are named after its section.
 
     Raises ProblemsError when the data cannot be found or read, or holds no record.
     """
-    section = setting.rpartition(".")[0]
     local = Path(path).expanduser()
-    on_hub = not path.startswith(_BUILTIN) and not local.exists()
-    if subset is not None and not on_hub:
-        other = f"{setting}={path} has no subsets"
-        raise refuse(f"{section}.subset", subset, "names a part of a hub data set", other, "none")
     if path.startswith(_BUILTIN):
         records = _builtin(path, split, max_records, setting)
     elif local.is_dir():

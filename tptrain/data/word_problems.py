@@ -1,6 +1,6 @@
 """Word problems in the form of GSM8K, made by a fixed procedure: the quickstart's data, with no download.
 
-    question  Ann has 48 coins. Ben gives Ann 24 more coins. How many coins does Ann have now?
+    question  Ann has 48 coins. Ben gives Ann 24 more. How many coins does Ann have now?
     answer    48+24: 8+4=12, 4+2+1=7 -> 72
               #### 72
 
@@ -31,15 +31,19 @@ _HELD_OUT_SHARE = 5  # one pair in so many
 _TWO_STEP_SHARE = 4  # one problem in so many
 _SMALLEST = 11  # of both numbers of + and -, and of the one that is multiplied or halved
 _LARGEST = 99
-# With larger factors some products of digits would occur in a single pair of numbers: held out, that pair would ask
-# for a fact that training never shows.
+# With larger factors some product of digits would occur in one pair of numbers only: held out, that pair
+# would ask for a fact that training never shows.
 _FACTORS = (2, 3)
 _DIVISORS = (2,)
 
-_NAMES = ("Ann", "Ben", "Carla", "Dan", "Emma", "Finn", "Grace", "Hugo", "Iris", "Jack", "Kate", "Leo", "Maya",
-          "Noah", "Olga", "Paul", "Rosa", "Sam", "Tina", "Will")  # fmt: skip
-_THINGS = ("apples", "balls", "beads", "books", "cakes", "cards", "clips", "coins", "cups", "eggs", "flowers",
-           "hats", "keys", "marbles", "nuts", "pens", "plums", "shells", "stamps", "toys")  # fmt: skip
+_NAMES = (
+    *("Ann", "Ben", "Carla", "Dan", "Emma", "Finn", "Grace", "Hugo", "Iris", "Jack"),
+    *("Kate", "Leo", "Maya", "Noah", "Olga", "Paul", "Rosa", "Sam", "Tina", "Will"),
+)
+_THINGS = (
+    *("apples", "balls", "beads", "books", "cakes", "cards", "clips", "coins", "cups", "eggs"),
+    *("flowers", "hats", "keys", "marbles", "nuts", "pens", "plums", "shells", "stamps", "toys"),
+)
 _PLACES = {
     "bag": "bags",
     "basket": "baskets",
@@ -49,19 +53,18 @@ _PLACES = {
     "shelf": "shelves",
 }
 
-# {a} and {b} are the numbers of the first step, {c} the one that the second step joins to the first one's result.
-# Two lines of text in brackets are one template.
+# {a} and {b} are the numbers of the first step; the second step joins {c} to its result.
 _TEMPLATES: dict[tuple[Operation, ...], tuple[str, ...]] = {
     ("+",): (
-        "{name} has {a} {things}. {other} gives {name} {b} more {things}. How many {things} does {name} have now?",
-        "{name} found {a} {things} on Monday and {b} {things} on Friday. How many {things} did {name} find?",
+        "{name} has {a} {things}. {other} gives {name} {b} more. How many {things} does {name} have now?",
+        "{name} found {a} {things} on Monday and {b} on Friday. How many {things} did {name} find?",
         "One {place} holds {a} {things} and another holds {b} {things}. How many {things} are there in all?",
         "{name} has {a} {things} and {other} has {b} {things}. How many {things} do they have together?",
         "{name} made {a} {things}. {other} made {b} more than {name}. How many {things} did {other} make?",
-        "After selling {b} {things}, {name} has {a} {things} left. How many {things} did {name} have before?",
+        "After selling {b} {things}, {name} has {a} left. How many {things} did {name} have before?",
     ),
     ("-",): (
-        "{name} has {a} {things}. {name} gives {b} {things} to {other}. How many {things} does {name} have left?",
+        "{name} has {a} {things}. {name} gives {b} of them to {other}. How many {things} are left?",
         "There were {a} {things} in a {place}. {name} took {b} of them. How many {things} are still there?",
         "{name} needs {a} {things} and has {b} {things}. How many more {things} does {name} need?",
         "{name} had {a} {things} and lost {b} of them. How many {things} are left?",
@@ -131,7 +134,7 @@ class Step:
 
 
 def is_held_out(pair: tuple[int, int]) -> bool:
-    """Whether a pair of numbers is kept for held-out problems: a hash of the pair, the same for every seed."""
+    """Whether a pair of numbers is kept for held-out problems, by a hash of the pair alone."""
     low, high = min(pair), max(pair)
     return zlib.crc32(f"pair {low} {high}".encode()) % _HELD_OUT_SHARE == 0
 
@@ -176,7 +179,7 @@ def _answer(steps: tuple[Step, ...]) -> str:
 
 
 def _steps(rng: Random, operations: tuple[Operation, ...], held_out: bool) -> tuple[Step, ...]:
-    """Numbers for the operations, by drawing until every pair lies in the part wanted and every rule holds."""
+    """Numbers for the operations: drawn until every pair lies in the part wanted and is modest."""
     while True:
         left = _SMALLEST + _below(rng, _LARGEST - _SMALLEST + 1)
         steps: list[Step] = []
@@ -260,7 +263,7 @@ _DIGIT_WORK: dict[Operation, Callable[[int, int, int], tuple[str, str]]] = {
 
 
 def _below(rng: Random, count: int) -> int:
-    # random() is the one method whose numbers Python promises to keep for a seed; randrange and choice are not.
+    # Python promises the same numbers for a seed from random() only, not from randrange() or choice().
     return int(rng.random() * count)
 
 

@@ -1,7 +1,8 @@
 """The training loop: hand the next batch to the devices, then look at the step before.
 
 Reading a step's numbers waits for it to finish. The loop reads those of step n after it has started step
-n + 1, so the devices always have work.
+n + 1, so the devices always have work. Devices that share the host's cores have nothing to gain from that,
+and their steps are read at once.
 """
 
 from __future__ import annotations
@@ -20,10 +21,6 @@ from tptrain.train.observers import Observer
 from tptrain.train.schedule import step_scalars
 from tptrain.train.state import state_specs
 from tptrain.train.step import BATCH_NAMES, make_train_step
-
-# Reading numbers that are ready takes well under this; waiting for a step takes longer.
-_AT_ONCE_SECONDS = 0.002
-
 
 class NonFiniteError(TptrainError):
     """A loss or gradient was not finite. The update was not applied, nor any after it."""
@@ -46,7 +43,6 @@ class _Started:
     batch: Batch
     learning_rate: float
     outputs: Tensors
-    handed_over_at: float
     trace_seconds: float
     compile_seconds: float
     input_seconds: float
@@ -88,9 +84,11 @@ class Loop:
             if started is not None:
                 self._finish(started)
             started = now
-            if self._save_due(step):
+            saves = self._save_due(step)
+            if saves or not self._backend.works_beside_host:
                 self._finish(started)
                 started = None
+            if saves:
                 self._save(state, Progress(step, cursor + self._batches.batch_rows))
                 self._finished_at = time.perf_counter()
         if started is not None:
@@ -116,16 +114,16 @@ class Loop:
             trace_seconds, compile_seconds = self._compiled.trace_seconds, self._compiled.compile_seconds
             self._finished_at = time.perf_counter()
         state, outputs = self._compiled(state, inputs)
-        rate, now = scalars["learning_rate"], time.perf_counter()
+        rate = scalars["learning_rate"]
         return state, _Started(
-            step, cursor, batch, rate, outputs, now, trace_seconds, compile_seconds, input_seconds
+            step, cursor, batch, rate, outputs, trace_seconds, compile_seconds, input_seconds
         )
 
     def _finish(self, started: _Started) -> None:
         """Wait for a step, check it, and tell the observers."""
-        asked_at = time.perf_counter()
         outputs = self._backend.fetch_scalars(started.outputs)
-        seconds = self._seconds_until_done(started, asked_at, time.perf_counter())
+        now = time.perf_counter()
+        seconds, self._finished_at = now - self._finished_at, now
         if not outputs["finite"]:
             raise NonFiniteError(self._non_finite(started.step, outputs))
         batch = started.batch
@@ -146,17 +144,6 @@ class Loop:
         )
         for observer in self._observers:
             observer(record)
-
-    def _seconds_until_done(self, started: _Started, asked_at: float, answered_at: float) -> float:
-        """Seconds from the end of the step before to the end of this one; over a run they add up.
-
-        A step whose numbers had to be waited for ended when they came. One whose numbers were there at once
-        (a CPU device works while the step is handed over) had ended by the time it was handed over.
-        """
-        waited = answered_at - asked_at > _AT_ONCE_SECONDS
-        done_at = max(answered_at if waited else started.handed_over_at, self._finished_at)
-        seconds, self._finished_at = done_at - self._finished_at, done_at
-        return seconds
 
     def _non_finite(self, step: int, outputs: dict[str, float]) -> str:
         what = "gradient norm" if math.isfinite(outputs["loss"]) else "loss"

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch_xla
 import torch_xla.core.xla_model as xm
+import torch_xla.runtime as xr
 
 from tptrain.backends.base import (
     TORCH_DTYPES,
@@ -39,6 +40,7 @@ class XlaBackend:
 
     def __init__(self, plan: Plan, order: tuple[int, ...]):
         self.plan = plan
+        self.works_beside_host = xr.device_type() != "CPU"
         self.mesh = DeviceMesh(plan.mesh, order)
         self.layout = Layout.stacked(plan.table, plan.specs, len(plan.facts.layer_period))
 

@@ -1,0 +1,29 @@
+"""Greedy answers on eight devices equal those of transformers' `generate`, from programs compiled once."""
+
+from __future__ import annotations
+
+from tests import greedy, small
+from tptrain.backends.xla.backend import XlaBackend
+
+PERMUTED = (5, 2, 7, 0, 3, 6, 1, 4)
+
+
+def test_answers_equal_transformers_and_later_batches_compile_nothing() -> None:
+    """Uneven prompts in two batches, some answers cut by a stop token and some not."""
+    plan = small.small_plan(4, 2)
+    backend = XlaBackend(plan, PERMUTED)
+    generator, params = greedy.make_generator(backend, plan, greedy.stop_ids())
+    assert generator.rows == 8, "six rows, rounded up to what fsdp=4 divides"
+    expected = greedy.cut_answers(greedy.stop_ids())
+    before = backend.compile_count()
+    first = generator.generate(params, greedy.prompts()[:8])
+    compiled = backend.compile_count()
+    assert first == expected[:8]
+    assert compiled == before + 3, "one program reads prompts, one appends a token, one collects the rows"
+    rest = generator.generate(params, greedy.prompts()[8:])
+    again = generator.generate(params, greedy.prompts())
+    assert rest == expected[8:] and again == expected
+    assert backend.compile_count() == compiled
+    weights = small.whole_rows(backend, plan, params)
+    for name, theirs in small.weights_of(small.reference()).items():
+        assert (weights[name][: theirs.shape[0]] == theirs).all(), "generating leaves the weights alone"

@@ -1,0 +1,220 @@
+"""Whole runs on the plain-PyTorch backend: what they write, go on from, and refuse."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.small_run import small_recipe
+from tptrain.ckpt.reading import StepReader, find_step
+from tptrain.config import (
+    DataSection,
+    EvalSection,
+    ExportSection,
+    ModelSection,
+    OptimSection,
+    Recipe,
+    SaveSection,
+    ScheduleSection,
+)
+from tptrain.config.planning import plan_recipe
+from tptrain.errors import ProblemsError
+from tptrain.export import export_step
+from tptrain.family import stored_rows
+from tptrain.train.journal import read_journal
+from tptrain.train.loop import NonFiniteError
+from tptrain.train.run import train
+
+
+@pytest.fixture
+def recipe(pretrained, records, tmp_path):
+    def make(**top) -> Recipe:
+        settings = {
+            "topology": "cpu-1",
+            "backend": "torch",
+            "data": DataSection(path=str(records), preset="gsm8k", seq_len=112, batch_rows=4, max_records=40),
+            "schedule": ScheduleSection(max_steps=4),
+            "save": SaveSection(every_steps=2),
+            "output_dir": str(tmp_path / "run"),
+        }
+        return small_recipe(pretrained, records, **{**settings, **top})
+
+    return make
+
+
+def test_a_run_leaves_journal_checkpoints_assets_and_export(recipe, tmp_path):
+    result = train(plan_recipe(recipe()))
+    journal = read_journal(tmp_path / "run" / "journal.jsonl")
+    assert [record.step for record in journal] == [1, 2, 3, 4]
+    assert all(record.counted_tokens > 0 and record.grad_norm > 0 for record in journal)
+    assert [record.cursor for record in journal] == [4, 8, 12, 16]
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["2", "4"]
+    assert result.export_dir == tmp_path / "run" / "export"
+    run = StepReader(result.checkpoint).run
+    assert (run["step"], run["cursor"]) == (4, 16)
+    assert run["seeds"] == {"init": 0, "data": 0}
+    assert run["versions"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_every_step_changes_every_parameter(recipe):
+    result = train(plan_recipe(recipe()))
+    early, late = StepReader(result.checkpoint.parent / "2"), StepReader(result.checkpoint)
+    for row in stored_rows(plan_recipe(recipe(output_dir="elsewhere")).table):
+        assert not torch.equal(early.read(row), late.read(row)), row.name
+
+
+def test_resume_is_bit_equal_and_cuts_the_journal(recipe, tmp_path):
+    result = train(plan_recipe(recipe()))
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "run", again)
+    shutil.rmtree(again / "checkpoints" / "4")
+    shutil.rmtree(again / "export")
+    resumed = train(plan_recipe(recipe(output_dir=str(again), resume="auto")))
+    keys = ("step", "loss", "grad_norm", "learning_rate", "cursor")
+    first, second = (
+        [[getattr(record, key) for key in keys] for record in read_journal(run / "journal.jsonl")]
+        for run in (tmp_path / "run", again)
+    )
+    assert first == second
+    straight, continued = (
+        load_file(result.export_dir / "model.safetensors"),
+        load_file(resumed.export_dir / "model.safetensors"),
+    )
+    assert all(torch.equal(straight[name], continued[name]) for name in straight)
+
+
+def test_weights_of_a_step_start_another_run(recipe, tmp_path):
+    first = train(plan_recipe(recipe()))
+    model = ModelSection(pretrained=str(first.checkpoint))
+    zero = OptimSection(learning_rate=0.0)
+    second = train(plan_recipe(recipe(model=model, optim=zero, output_dir=str(tmp_path / "second"))))
+    old, new = StepReader(first.checkpoint), StepReader(second.checkpoint)
+    for row in stored_rows(plan_recipe(recipe(output_dir="elsewhere")).table):
+        assert torch.equal(old.read(row), new.read(row)), row.name
+
+
+def test_converting_a_step_gives_the_runs_own_export(recipe, tmp_path):
+    result = train(plan_recipe(recipe()))
+    out = export_step(find_step(result.output_dir, "checkpoint"), tmp_path / "converted", dtype="bfloat16")
+    for file in result.export_dir.iterdir():
+        assert (out / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_tied_run_exports_one_embedding_that_transformers_ties(records, tmp_path, recipe):
+    from tests.small_run import write_pretrained
+
+    tied = write_pretrained(tmp_path / "tied", tie_word_embeddings=True)
+    result = train(plan_recipe(recipe(model=ModelSection(pretrained=str(tied)))))
+    assert "lm_head.weight" not in load_file(result.export_dir / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(result.export_dir)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_epochs_use_every_record_once_and_fill_the_last_step(recipe, tmp_path):
+    data = recipe().data
+    train(plan_recipe(recipe(schedule=ScheduleSection(epochs=1), save=SaveSection(every_steps=0), data=data)))
+    journal = read_journal(tmp_path / "run" / "journal.jsonl")
+    whole = sum(record.real_tokens for record in journal)
+    assert journal[-1].padded_tokens > journal[0].padded_tokens
+    two = tmp_path / "two"
+    train(plan_recipe(recipe(schedule=ScheduleSection(epochs=2), output_dir=str(two))))
+    assert sum(record.real_tokens for record in read_journal(two / "journal.jsonl")) == 2 * whole
+
+
+def test_non_finite_loss_stops_before_the_update_and_names_the_step(recipe, tmp_path):
+    wild = OptimSection(learning_rate=1e30, clip_norm=0)
+    with pytest.raises(NonFiniteError, match=r"step \d+: .* update was not applied.*optim\.learning_rate="):
+        train(
+            plan_recipe(
+                recipe(optim=wild, save=SaveSection(every_steps=1), schedule=ScheduleSection(max_steps=9))
+            )
+        )
+    journal = read_journal(tmp_path / "run" / "journal.jsonl")
+    assert journal, "the finite steps are in the journal"
+    assert all(math.isfinite(record.loss) for record in journal)
+    saved = find_step(tmp_path / "run", "checkpoint")
+    assert int(saved.name) == journal[-1].step
+    assert not (tmp_path / "run" / "export").exists()
+
+
+def test_answers_before_and_after_are_scored(recipe, records):
+    section = EvalSection(problems=5, path=str(records), max_new_tokens=8, batch_rows=2)
+    result = train(plan_recipe(recipe(eval=section)))
+    assert len(result.before.answers) == len(result.after.answers) == 5
+    assert result.before.answers[0].prompt.startswith("Question: ")
+
+
+REFUSED = {
+    "export exists": (
+        lambda tmp, recipe: ((tmp / "out").mkdir(), recipe(export=ExportSection(path=str(tmp / "out"))))[1],
+        ("export.path", "out", "must not exist", "", ""),
+    ),
+    "output holds a run": (
+        lambda tmp, recipe: (
+            (tmp / "run").mkdir(),
+            (tmp / "run" / "journal.jsonl").write_text(""),
+            recipe(),
+        )[2],
+        ("output_dir", "run", "new or empty folder", "holds a run, no checkpoint", "resume=auto"),
+    ),
+    "step that is not there": (
+        lambda tmp, recipe: recipe(resume="7"),
+        ("resume", "7", "must be a step that was saved", "none", "auto"),
+    ),
+    "no data": (
+        lambda tmp, recipe: recipe(
+            data=DataSection(path=str(tmp / "nothing.jsonl"), seq_len=112, batch_rows=4)
+        ),
+        ("data.path", "nothing.jsonl", "must exist", "holds no nothing.jsonl", ""),
+    ),
+    "wrong column": (
+        lambda tmp, recipe: recipe(
+            data=recipe().data.__class__(
+                path=recipe().data.path, preset="gsm8k", seq_len=112, batch_rows=4, prompt_column="qestion"
+            )
+        ),
+        ("data.prompt_column", "qestion", "must be a column", "question", "question"),
+    ),
+    "another model's weights": (
+        lambda tmp, recipe: recipe(
+            model=ModelSection(
+                pretrained=recipe().model.pretrained,
+                config=json.loads((Path(recipe().model.pretrained) / "config.json").read_text())
+                | {"intermediate_size": 128},
+            )
+        ),
+        ("model.config.intermediate_size", "128", "", "112", "112"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_anything_is_written(case, recipe, tmp_path):
+    make, expected = REFUSED[case]
+    asked = make(tmp_path, recipe)
+    before = sorted(str(p) for p in tmp_path.rglob("*"))
+    with pytest.raises(ProblemsError) as refused:
+        train(plan_recipe(asked))
+    (problem,) = refused.value.problems
+    parts = (problem.setting, str(problem.value), problem.rule, problem.other, problem.fix)
+    for part, fragment in zip(parts, expected, strict=True):
+        assert part, f"an empty part in {problem}"
+        assert fragment in part
+    assert sorted(str(p) for p in tmp_path.rglob("*")) == before
+
+
+def test_no_space_is_refused_before_training(recipe, tmp_path, monkeypatch):
+    full = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    with pytest.raises(ProblemsError) as refused:
+        train(plan_recipe(recipe()))
+    found = {problem.setting: problem for problem in refused.value.problems}
+    assert set(found) == {"output_dir", "export.path"}
+    assert "free: 1e-06 GB" in found["output_dir"].other
+    assert "free: 1e-06 GB" in found["export.path"].other
+    assert not (tmp_path / "run").exists()

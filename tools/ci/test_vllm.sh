@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Train a small model on GSM8K, export it, and hold the export in a real vLLM against transformers.
+#
+# TPTRAIN_GSM8K names the folder with GSM8K's train.jsonl and test.jsonl. Everything is written to build/vllm,
+# which is emptied first; the environment with vLLM is .venv-vllm, made by make_vllm_env.sh.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+python=.venv/bin/python
+work=build/vllm
+
+gsm8k=${TPTRAIN_GSM8K:-}
+if [[ -z $gsm8k || ! -f $gsm8k/train.jsonl || ! -f $gsm8k/test.jsonl ]]; then
+    echo "TPTRAIN_GSM8K=$gsm8k: must name the folder with GSM8K's train.jsonl and test.jsonl" >&2
+    exit 1
+fi
+
+tools/ci/make_vllm_env.sh
+
+rm -rf "$work"
+mkdir -p "$work"
+# 120 steps at a constant rate: sharp enough that few of its decisions are near-ties.
+.venv/bin/tptrain train recipes/tiny_gsm8k.py data.path="$gsm8k/train.jsonl" output_dir="$work/run" \
+    precision.compute=float32 schedule.max_steps=120 save.every_steps=0
+"$python" tools/convert_ckpt.py "$work/run" "$work/float32" --dtype float32
+
+"$python" - "$gsm8k/test.jsonl" "$work/prompts.json" <<'PYTHON'
+"""20 questions that the model has not seen, as its preset words them."""
+import json
+import sys
+
+from tptrain.data.render import PRESETS
+
+test_file, out = sys.argv[1:]
+with open(test_file, encoding="utf-8") as lines:
+    questions = [json.loads(line)["question"] for line, _ in zip(lines, range(20))]
+with open(out, "w", encoding="utf-8") as file:
+    json.dump([PRESETS["gsm8k"].prompt.format(question) for question in questions], file)
+PYTHON
+
+"$python" tests/vllm/make_reference.py --model "$work/float32" --prompts "$work/prompts.json" \
+    --out "$work/reference.json"
+.venv-vllm/bin/python tests/vllm/check_export.py --export "$work/run/export" --float32-export "$work/float32" \
+    --prompts "$work/prompts.json" --reference "$work/reference.json"
