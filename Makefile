@@ -75,8 +75,8 @@ clean: ## remove the environments, build/ and caches; runs/ stays
 	find recipes tests tools tptrain -name __pycache__ -prune -exec rm -rf {} +
 
 $(BUILT): pyproject.toml requirements/constraints.txt
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	    echo "tptrain needs Python 3.11 or newer; '$(PYTHON)' is $$("$(PYTHON)" -V 2>&1 || true)." \
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
+	    echo "tptrain needs Python 3.11, 3.12 or 3.13; '$(PYTHON)' is: $$("$(PYTHON)" -V 2>&1 || true)." \
 	        "Name another one: make PYTHON=python3.12"; exit 1; }
 	@echo "Installing tptrain and what it needs into $(VENV): some GB, a few minutes."
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)

@@ -50,7 +50,7 @@ def test_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_training_is_the_same_in_every_process() -> None:
     digests = set()
-    for seed in ("1", "2", "3"):
+    for seed in ("1", "2"):
         made = subprocess.run(
             [sys.executable, "-c", TRAIN],
             capture_output=True,

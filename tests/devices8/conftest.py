@@ -1,18 +1,12 @@
-"""Eight virtual devices in this process, opened before any test module touches torch_xla or JAX."""
+"""Eight virtual devices in this process, opened before any test module touches torch_xla, JAX or autograd."""
 
 from __future__ import annotations
 
 import pytest
 
-from tptrain.backends.make import quiet_libraries
-from tptrain.backends.xla.process import setup_process
-from tptrain.jaxside.process import setup_jax
-from tptrain.topology import parse_topology
+from tests.device_process import open_devices
 
-# Not in a fixture: test modules import both frameworks, and by then the environment must be set.
-quiet_libraries()
-setup_jax(8)
-setup_process(parse_topology("cpu-8"))
+open_devices(8)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -6,8 +6,8 @@
 Trains one small Llama from random weights in float32 on embedded word problems: on the XLA backend (A) and on
 plain torch eager (B), as A B A B ..., each run in a process of its own on the same cores. Both have the same
 first weights and batches, so their losses are compared as well. Each step is waited for before the next one
-is put, so that its time is its own. Run it on a machine that does nothing else: the two backends do not suffer
-alike from having to share cores. The last line is a JSON object; each number is the median over the runs:
+is put, so that its time is its own. Run it on a machine that does nothing else: the two backends do not
+suffer alike from sharing cores. The last line is a JSON object; each number is the median over the runs:
 
 train_step_compiles      programs compiled from the train step on to the end of a run (of any run, the most)
 seconds_to_first_step    start of the process to the first step's numbers: imports, data, trace, compile, step
