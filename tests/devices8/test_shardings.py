@@ -109,3 +109,4 @@ def test_placed_and_fetched_shards_keep_their_places(mesh: str) -> None:
     (fetched,) = devices.fetch([placed])
     assert sorted(fetched) == list(range(8))
     assert all(torch.equal(piece, full[slices[position]]) for position, piece in fetched.items())
+    assert torch.equal(devices.gather(placed), full)

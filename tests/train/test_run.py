@@ -37,7 +37,7 @@ def recipe(pretrained, records, tmp_path):
         settings = {
             "topology": "cpu-1",
             "backend": "torch",
-            "data": DataSection(path=str(records), preset="gsm8k", seq_len=112, batch_rows=4, max_records=40),
+            "data": DataSection(path=str(records), preset="gsm8k", seq_len=112, batch_rows=4, max_records=38),
             "schedule": ScheduleSection(max_steps=4),
             "save": SaveSection(every_steps=2),
             "output_dir": str(tmp_path / "run"),
@@ -149,6 +149,8 @@ def test_answers_before_and_after_are_scored(recipe, records):
     assert result.before.answers[0].prompt.startswith("Question: ")
 
 
+PROMPTS = ("Question: Ann has 48 coins. Ben gives Ann 24 more.\nAnswer:", "48+24", "Answer: 7", "Ann has")
+
 REFUSED = {
     "export exists": (
         lambda tmp, recipe: ((tmp / "out").mkdir(), recipe(export=ExportSection(path=str(tmp / "out"))))[1],
@@ -218,3 +220,49 @@ def test_no_space_is_refused_before_training(recipe, tmp_path, monkeypatch):
     assert "free: 1e-06 GB" in found["output_dir"].other
     assert "free: 1e-06 GB" in found["export.path"].other
     assert not (tmp_path / "run").exists()
+
+
+def test_reading_steps_one_late_changes_nothing_but_times(recipe, tmp_path, monkeypatch):
+    from tptrain.train import run
+
+    def one_late(plan):
+        backend = make_backend(plan)
+        backend.works_beside_host = True
+        return backend
+
+    make_backend = run.make_backend
+    train(plan_recipe(recipe()))
+    monkeypatch.setattr(run, "make_backend", one_late)
+    train(plan_recipe(recipe(output_dir=str(tmp_path / "late"))))
+    at_once, late = (read_journal(tmp_path / name / "journal.jsonl") for name in ("run", "late"))
+    assert [(r.step, r.loss, r.grad_norm) for r in at_once] == [(r.step, r.loss, r.grad_norm) for r in late]
+
+
+def test_tensorboard_gets_every_step(recipe, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from tptrain.config import LogSection
+
+    train(plan_recipe(recipe(log=LogSection(progress=True, tensorboard=True))))
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload().Scalars("train/loss")
+    journal = read_journal(tmp_path / "run" / "journal.jsonl")
+    assert [(e.step, e.value) for e in events] == [(r.step, pytest.approx(r.loss)) for r in journal]
+
+
+def test_generate_answers_as_transformers_does_from_run_step_and_export(recipe):
+    from transformers import AutoTokenizer
+
+    from tptrain.generate.command import answer
+
+    result = train(plan_recipe(recipe(export=ExportSection(dtype="float32"))))
+    model = AutoModelForCausalLM.from_pretrained(result.export_dir)
+    tokenizer = AutoTokenizer.from_pretrained(result.export_dir)
+    wanted = []
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        whole = model.generate(ids, max_new_tokens=7, do_sample=False)[0, ids.shape[1] :]
+        wanted.append(tokenizer.decode(whole, skip_special_tokens=True).strip())
+    assert any(wanted), "empty answers compare nothing"
+    for folder in (result.output_dir, result.checkpoint, result.export_dir):
+        options = ["backend=torch", "topology=cpu-1"]
+        assert [answer(folder, prompt, 7, options) for prompt in PROMPTS] == wanted

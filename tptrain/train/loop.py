@@ -22,6 +22,7 @@ from tptrain.train.schedule import step_scalars
 from tptrain.train.state import state_specs
 from tptrain.train.step import BATCH_NAMES, make_train_step
 
+
 class NonFiniteError(TptrainError):
     """A loss or gradient was not finite. The update was not applied, nor any after it."""
 

@@ -117,7 +117,7 @@ class XlaBackend:
         return {name: tensor.item() for name, tensor in zip(outputs, fetched, strict=True)}
 
     def fetch_rows(self, tensor: torch.Tensor) -> np.ndarray:
-        return tensor.cpu().numpy()
+        return self.mesh.gather(tensor).numpy()
 
     def compile_count(self) -> int:
         return compile_count()

@@ -92,8 +92,7 @@ class CapturedStep:
             given, compiled = signature.get(name, "missing"), self._signature.get(name, "not an argument")
             if given != compiled:
                 raise CaptureError(
-                    f"argument {name!r} changed: compiled for {compiled}, given {given}; "
-                    "a step has one graph"
+                    f"argument {name!r} changed: compiled for {compiled}, given {given}; a step has one graph"
                 )
 
 

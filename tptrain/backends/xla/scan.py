@@ -18,7 +18,8 @@ from contextlib import contextmanager
 import torch
 from torch_xla.experimental.scan import _scan_impl_pytree
 
-Tensors = dict[str, torch.Tensor]
+from tptrain.backends.base import Tensors
+
 # (x, parameters of one layer) -> x
 LayerFunction = Callable[[torch.Tensor, Tensors], torch.Tensor]
 

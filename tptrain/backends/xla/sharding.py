@@ -72,6 +72,21 @@ class DeviceMesh:
         fetched = _XLAC._get_local_shards(list(tensors))
         return [{self.position_of[_ordinal(name)]: data for data, name in shards} for shards in fetched]
 
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A device tensor as a whole on the host.
+
+        Put together from its shards where this process holds them all: `cpu()` on a split tensor compiles a
+        program that collects it, and compiles it again at every call.
+        """
+        if len(self.order) == 1 or len(self.local_ordinals) < len(self.order):
+            return tensor.cpu()
+        torch_xla.sync(wait=True)
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype)
+        for shard in xs.XLAShardedTensor(tensor).local_shards:
+            index = ... if shard.indices is Ellipsis else tuple(shard.indices)
+            whole[index] = shard.data
+        return whole
+
 
 def _local_ordinals(mesh: xs.Mesh) -> tuple[int, ...]:
     """Ordinals of this process's devices in the order in which the runtime hands out shards."""
