@@ -8,6 +8,7 @@ For example:
 from tptrain.cli import run_recipe
 from tptrain.config import DataSection, ModelSection, OptimSection, Recipe, SaveSection, ScheduleSection
 
+# Heads of 32: vLLM's attention on CPU takes none smaller.
 TINY_LLAMA = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],

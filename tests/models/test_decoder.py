@@ -132,15 +132,15 @@ def without_rope_scaling(patch: pytest.MonkeyPatch) -> None:
 def with_interleaved_groups(patch: pytest.MonkeyPatch) -> None:
     """Head n reads kv head n % K instead of n // G."""
 
-    def weights(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    def scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         grouped = query.unflatten(2, (-1, key.shape[2])).transpose(2, 3).flatten(2, 3)
-        return attention.attention_weights(grouped, key, mask, scale)
+        return attention.attention_scores(grouped, key)
 
     def values(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         mixed = attention.weighted_values(weights, value)
         return mixed.unflatten(2, (value.shape[2], -1)).transpose(2, 3).flatten(2, 3)
 
-    patch.setattr(decoder, "attention_weights", weights)
+    patch.setattr(decoder, "attention_scores", scores)
     patch.setattr(decoder, "weighted_values", values)
 
 
@@ -184,7 +184,9 @@ def without_mean_of_squares(patch: pytest.MonkeyPatch) -> None:
 
 def without_attention_scale(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
-        decoder, "attention_weights", lambda q, k, mask, scale: attention.attention_weights(q, k, mask, 1.0)
+        decoder,
+        "attention_weights",
+        lambda scores, mask, scale: attention.attention_weights(scores, mask, 1.0),
     )
 
 

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 # Steps left out of a run's median: buffers and caches are still cold.
 WARMUP_STEPS = 3
+# A run that got less of its cores than this had to share them, and its step says little.
+QUIET_SHARE = 0.75
 BACKENDS = ("xla", "torch")
 _VERSIONED = ("tptrain", "torch", "torch_xla", "jax", "jaxlib")
 
@@ -133,6 +135,8 @@ def run_pair(index: int, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         f"{eager['cores_busy']:.2f}; losses at most {apart:.1e} apart.",
         flush=True,
     )
+    if min(run["cores_busy"] for run in pair.values()) < QUIET_SHARE * args.threads:
+        print("  Its runs did not get their cores to themselves: take its ratio for nothing.", flush=True)
     if not apart <= 1e-2:
         raise BenchError(f"the two backends do not train the same model: losses are {apart:.1e} apart")
     return pair

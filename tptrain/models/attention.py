@@ -51,21 +51,23 @@ def write_cache(cache: torch.Tensor, new: torch.Tensor, positions: torch.Tensor)
     return torch.cat([new.to(cache.dtype), cache[:, new.shape[1] :]], dim=1)
 
 
-def attention_weights(
-    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """Softmax over keys: query [B, T, N, H], key [B, S, K, H], mask bool [B, T, S] -> [B, K, G, T, S].
+def attention_scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Products of queries and keys: query [B, T, N, H], key [B, S, K, H] -> [B, K, G, T, S].
 
-    Scores are normalised in float32 or wider and returned in the input's format. Heads share keys by
-    grouping, so keys are never repeated in memory.
+    Heads share keys by grouping, so keys are never repeated in memory.
     """
-    batch, tokens, heads, head_dim = query.shape
-    kv_heads = key.shape[2]
-    grouped = query.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim)
-    scores = torch.einsum("btkgh,bskh->bkgts", grouped, key) * scale
-    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    grouped = query.unflatten(2, (key.shape[2], -1))
+    return torch.einsum("btkgh,bskh->bkgts", grouped, key)
+
+
+def attention_weights(scores: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """Softmax over keys: scores [B, K, G, T, S], mask bool [B, T, S] -> the same shape and format.
+
+    Normalised in float32 or wider.
+    """
+    wide = (scores * scale).to(torch.promote_types(scores.dtype, torch.float32))
     blocked = torch.finfo(wide.dtype).min
-    return torch.where(mask[:, None, None], wide, blocked).softmax(-1).to(query.dtype)
+    return torch.where(mask[:, None, None], wide, blocked).softmax(-1).to(scores.dtype)
 
 
 def weighted_values(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from torch import nn
 from tptrain.family import LayerKind, ModelFacts
 from tptrain.models.attention import (
     KVCache,
+    attention_scores,
     attention_weights,
     cache_mask,
     causal_mask,
@@ -67,10 +68,11 @@ class Attention(nn.Module):
             key = write_cache(cache.key, key, context.positions)
             value = write_cache(cache.value, value, context.positions)
         mask = context.masks[self.window]
-        weights = attention_weights(query, key, mask, self.head_dim**-0.5)
-        weights = self.marks(
-            weights, "weights", "act_batch", "act_kv_heads", "act_group", "act_tokens", "act_keys"
+        scores = attention_scores(query, key)
+        scores = self.marks(
+            scores, "scores", "act_batch", "act_kv_heads", "act_group", "act_tokens", "act_keys"
         )
+        weights = attention_weights(scores, mask, self.head_dim**-0.5)
         output = weighted_values(weights, value)
         output = self.marks(output, "attended", "act_batch", "act_tokens", "act_heads", "act_head_dim")
         return self.o_proj(output.flatten(2)), KVCache(key, value)

@@ -20,7 +20,7 @@ from tptrain.models.decoder import Decoder, LayerContext
 
 # Remat policy -> the marked activations that the backward pass finds ready instead of computing them again.
 KEPT = {
-    "none": frozenset({"query", "key", "value", "weights", "attended", "after_attention", "gate", "up"}),
+    "none": frozenset({"query", "key", "value", "scores", "attended", "after_attention", "gate", "up"}),
     "full": frozenset[str](),
 }
 
