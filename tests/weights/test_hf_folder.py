@@ -279,6 +279,8 @@ def test_parents_are_made_and_permissions_are_the_users(tmp_path: Path) -> None:
     out = export(tmp_path / "in", tmp_path / "a" / "b" / "out")
     (tmp_path / "plain").mkdir()
     assert out.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    modes = {path.stat().st_mode & 0o777 for path in out.iterdir()}
+    assert len(modes) == 1, "a server that may read the config may read the weights"
 
 
 def test_room_is_compared_with_what_the_export_needs(tmp_path: Path) -> None:

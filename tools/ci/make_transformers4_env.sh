@@ -5,4 +5,4 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 exec "$root/tools/ci/make_env.sh" "${1:-$root/.venv-transformers4}" \
     "$root/requirements/compat-transformers4.txt" \
-    --name "transformers 4" --target test-transformers4 --import transformers
+    --name "transformers 4" --target test-compat --import transformers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +139,8 @@ def _write_shard(folder: Path, shard: Shard, read: RowReader, dtype: str, out: P
     tensors = {row.name: _cast(row, read(row), dtype) for row in shard.rows}
     with writing(out, setting):
         save_file(tensors, str(folder / shard.file), metadata={"format": "pt"})
+        # safetensors makes its files readable by their owner alone; a server may be someone else.
+        shutil.copymode(folder / CONFIG_FILE, folder / shard.file)
 
 
 def _cast(row: ParamRow, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
