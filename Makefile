@@ -25,8 +25,7 @@ ifeq ($(mesh_sizes),)
 $(error QUICKSTART_MESH=$(QUICKSTART_MESH) must be two whole numbers above 0, fsdp x tensor, such as 4x2)
 endif
 endif
-mesh_devices := CPU_NUM_DEVICES=$(shell echo $$(($(subst $() ,*,$(or $(mesh_sizes),1)))))
-mesh_settings := mesh.fsdp=$(word 1,$(mesh_sizes)) mesh.tensor=$(word 2,$(mesh_sizes))
+mesh_settings := topology=cpu-$(shell echo $$(($(subst $() ,*,$(or $(mesh_sizes),1))))) mesh.fsdp=$(word 1,$(mesh_sizes)) mesh.tensor=$(word 2,$(mesh_sizes))
 endif
 
 .PHONY: help
@@ -36,7 +35,7 @@ help: ## this list
 
 .PHONY: quickstart
 quickstart: $(BUILT) ## train a small model on embedded problems; QUICKSTART_MESH=4x2 for 8 virtual devices
-	$(mesh_devices) $(BIN)/tptrain train recipes/tiny_word_problems.py \
+	$(BIN)/tptrain train recipes/tiny_word_problems.py \
 	    output_dir=runs/quickstart-$$(date +%Y%m%d-%H%M%S) $(mesh_settings) $(ARGS)
 
 .PHONY: test

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from tptrain import __version__
+from tptrain.config.checkpoint_config import config_is_on_the_hub_only
 from tptrain.config.help import render_help
 from tptrain.config.overrides import apply_overrides
 from tptrain.config.plan import Plan
@@ -128,10 +129,12 @@ def _recipe_and_overrides(command: str, args: list[str]) -> tuple[Recipe, list[s
 def _train(recipe: Recipe, overrides: list[str], program: str) -> int:
     if _asks_help(overrides):
         return _show_help(recipe, program)
-    plan = _planned(recipe, overrides)
-    from tptrain.train.run import train
+    asked = apply_overrides(recipe, overrides)
+    if not config_is_on_the_hub_only(asked):
+        plan_recipe(asked)  # a recipe that cannot be planned is refused before any framework is loaded
+    from tptrain.train.run import train_recipe
 
-    train(plan)
+    train_recipe(asked)
     return _OK
 
 

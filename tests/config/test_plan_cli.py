@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tptrain import __version__, cli
-from tptrain.config import Plan
+from tptrain.config import Plan, Recipe
 from tptrain.config.overrides import apply_overrides
 from tptrain.config.planning import plan_recipe
 from tptrain.config.recipe_file import load_recipe
@@ -159,8 +159,8 @@ def _refusal(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 
 def test_problems_go_to_stderr_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:
     err = _refusal(capsys, "plan", TINY, "topology=cpu-8", "mesh.tensor=8", "data.seq_len=600", "resume=now")
-    assert err.startswith("tptrain: 3 problems:\n  - resume=now: must be one of its choices")
-    assert "mesh.tensor=8: must divide num_key_value_heads (num_key_value_heads=4); use 1, 2 or 4\n" in err
+    assert err.startswith("tptrain: 4 problems:\n  - resume=now: must be one of its choices")
+    assert "mesh.tensor=8: must divide num_attention_heads (num_attention_heads=4); use 1 or 2\n" in err
 
 
 def test_wrong_command_and_wrong_recipe(
@@ -203,23 +203,23 @@ def test_recipe_scripts_run_by_themselves() -> None:
 
 
 @pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
-    """The plans that training was asked for, with training itself left out."""
-    plans: list[Plan] = []
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
+    """The recipes that training was asked for, with training itself left out."""
+    recipes: list[Recipe] = []
     module: Any = types.ModuleType("tptrain.train.run")
-    module.train = plans.append
+    module.train_recipe = recipes.append
     monkeypatch.setitem(sys.modules, "tptrain.train.run", module)
-    return plans
+    return recipes
 
 
-def test_train_is_given_the_plan(trained: list[Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_is_given_the_recipe(trained: list[Recipe]) -> None:
     assert cli.main(["train", TINY, *MESH, "data.path=x.jsonl"]) == 0
     cli.run_recipe(load_recipe(TINY), [*MESH, "data.path=x.jsonl"])
-    expected = _tiny_plan("data.path=x.jsonl")
+    expected = apply_overrides(load_recipe(TINY), [*MESH, "data.path=x.jsonl"])
     assert trained == [expected, expected]
 
 
-def test_nothing_is_trained_on_problems(trained: list[Plan], capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_trained_on_problems(trained: list[Recipe], capsys: pytest.CaptureFixture[str]) -> None:
     assert "mesh.tensor" in _refusal(capsys, "train", TINY, "topology=cpu-8", "mesh.tensor=8")
     with pytest.raises(SystemExit) as stop:
         cli.run_recipe(load_recipe(TINY), ["topology=cpu-8", "mesh.tensor=8"])
@@ -228,7 +228,7 @@ def test_nothing_is_trained_on_problems(trained: list[Plan], capsys: pytest.Capt
 
 
 def test_generate_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    module: Any = types.ModuleType("tptrain.generate")
+    module: Any = types.ModuleType("tptrain.generate.command")
     module.main = lambda args: 7 if args == ["runs/tiny", "How many?"] else 1
-    monkeypatch.setitem(sys.modules, "tptrain.generate", module)
+    monkeypatch.setitem(sys.modules, "tptrain.generate.command", module)
     assert cli.main(["generate", "runs/tiny", "How many?"]) == 7

@@ -28,4 +28,6 @@ def test_the_step_is_compiled_once(pretrained, records, tmp_path):
     train(plan_recipe(small_recipe(pretrained, records, tmp_path / "run", topology="cpu-1")))
     journal = read_journal(tmp_path / "run" / "journal.jsonl")
     assert len({record.compiles for record in journal}) == 1
+    assert journal[0].compiles > 0
+    assert journal[0].compile_seconds > 0
     assert [record.trace_seconds > 0 for record in journal] == [True] + [False] * (STEPS - 1)

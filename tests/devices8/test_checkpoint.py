@@ -18,8 +18,8 @@ from tests import small
 from tptrain.backends.base import HostShards, Tensors
 from tptrain.backends.xla.backend import XlaBackend
 from tptrain.ckpt.bridge import from_jax, to_jax, to_numpy, to_torch
-from tptrain.ckpt.checkpointer import PARAMS, Checkpointer
-from tptrain.ckpt.reading import StepReader, find_step
+from tptrain.ckpt.checkpointer import Checkpointer, restore_part
+from tptrain.ckpt.reading import PARAMS, StepReader, find_step
 from tptrain.config import Plan
 from tptrain.errors import ProblemsError
 from tptrain.family import ParamRow, stored_rows
@@ -146,12 +146,11 @@ def test_the_torch_backend_restores_the_same_bits(saved: Saved, tmp_path: Path) 
     assert run_reader(TORCH_READER, saved, tmp_path, root, *arguments) == ["read", str(RUN["cursor"])]
 
 
-def test_a_restored_tensor_lies_where_the_plan_says(saved: Saved, close: list[Checkpointer]) -> None:
+def test_a_restored_tensor_lies_where_the_plan_says(saved: Saved) -> None:
     """Restored buffers are split as placed ones are: position p holds slice p, nothing is replicated."""
     plan = small.small_plan(2, 4)
     backend = XlaBackend(plan, PERMUTED)
-    close.append(checkpointer := Checkpointer(plan, backend, saved.folder))
-    held = backend.host_shards(checkpointer.restore_part(saved.step_folder, PARAMS, "resume"))
+    held = backend.host_shards(restore_part(plan, backend, saved.step_folder, PARAMS, "resume"))
     for row in stored_rows(plan.table):
         slices = shard_slices(row.padded_size, plan.specs[row.name], plan.mesh.axis_sizes)
         for position, piece in held[row.name].shards.items():

@@ -4,8 +4,10 @@ import pytest
 
 from tests.curves import journal_losses, reference_losses
 from tests.small_run import small_recipe
-from tptrain.config import MeshSection
+from tptrain.backends.xla.capture import compile_count
+from tptrain.config import MeshSection, OptimSection, PrecisionSection, RematSection
 from tptrain.config.planning import plan_recipe
+from tptrain.train.journal import read_journal
 from tptrain.train.run import train
 
 STEPS = 20
@@ -25,3 +27,34 @@ def test_first_20_losses_equal_those_of_transformers(pretrained, records, refere
     losses = journal_losses(tmp_path / "run")
     assert losses == pytest.approx(reference, rel=1e-4)
     assert losses[-1] < 0.8 * losses[0], "a curve that does not fall compares nothing"
+
+
+def test_bfloat16_accumulation_and_remat_stay_near_the_float32_curve(
+    pretrained, records, reference, tmp_path
+):
+    """The 8B recipe's settings together: bfloat16 compute, full remat, micro-batches."""
+    plan = plan_recipe(
+        small_recipe(
+            pretrained,
+            records,
+            tmp_path / "run",
+            MeshSection(fsdp=4, tensor=2),
+            topology="cpu-8",
+            precision=PrecisionSection(compute="bfloat16"),
+            remat=RematSection(policy="full"),
+            optim=OptimSection(learning_rate=2e-3, weight_decay=0.1, accumulation=2),
+        )
+    )
+    train(plan)
+    losses = journal_losses(tmp_path / "run")
+    assert losses == pytest.approx(reference, rel=0.03)
+    assert losses != pytest.approx(reference, rel=1e-5), "bfloat16 must show"
+    assert read_journal(tmp_path / "run" / "journal.jsonl")[-1].compiles == compile_count()
+
+
+def test_accumulation_in_float32_is_the_same_curve(pretrained, records, reference, tmp_path):
+    optim = OptimSection(learning_rate=2e-3, weight_decay=0.1, accumulation=2)
+    mesh = MeshSection(fsdp=4, tensor=2)
+    asked = small_recipe(pretrained, records, tmp_path / "run", mesh, topology="cpu-8", optim=optim)
+    train(plan_recipe(asked))
+    assert journal_losses(tmp_path / "run") == pytest.approx(reference, rel=1e-4)

@@ -265,4 +265,80 @@ def test_generate_answers_as_transformers_does_from_run_step_and_export(recipe):
     assert any(wanted), "empty answers compare nothing"
     for folder in (result.output_dir, result.checkpoint, result.export_dir):
         options = ["backend=torch", "topology=cpu-1"]
-        assert [answer(folder, prompt, 7, options) for prompt in PROMPTS] == wanted
+        assert [answer(folder, prompt, 7, options, raw=True) for prompt in PROMPTS] == wanted
+    asked = [answer(result.output_dir, question, 7, options) for question in PROMPTS]
+    formed = [answer(result.export_dir, f"Question: {q}\nAnswer:", 7, options) for q in PROMPTS]
+    assert asked == formed != wanted
+
+
+def resumed(recipe, tmp_path, **changed):
+    """What a second run of the same folder, with other settings, is refused for."""
+    train(plan_recipe(recipe(export=ExportSection(enabled=False))))
+    settings = {"resume": "auto", "export": ExportSection(enabled=False), **changed}
+    before = (tmp_path / "run" / "journal.jsonl").read_bytes()
+    with pytest.raises(ProblemsError) as refused:
+        train(plan_recipe(recipe(**settings)))
+    assert (tmp_path / "run" / "journal.jsonl").read_bytes() == before
+    return {problem.setting: problem for problem in refused.value.problems}
+
+
+def test_going_on_with_other_batches_is_refused(recipe, records, tmp_path):
+    data = DataSection(path=str(records), preset="gsm8k", seq_len=112, batch_rows=2, max_records=38, seed=5)
+    longer = ScheduleSection(max_steps=6)
+    problems = resumed(recipe, tmp_path, data=data, schedule=longer)
+    assert set(problems) == {"data.batch_rows", "data.seed"}
+    assert "saved with 4" in problems["data.batch_rows"].other
+
+
+def test_going_on_beyond_the_end_is_refused(recipe, tmp_path):
+    problems = resumed(recipe, tmp_path, schedule=ScheduleSection(max_steps=3))
+    assert "step 4 is saved" in problems["schedule.max_steps"].other
+
+
+def test_going_back_to_an_older_step_is_refused(recipe, tmp_path):
+    assert "newest step 4" in resumed(recipe, tmp_path, resume="2")["resume"].other
+
+
+def test_going_on_from_the_newest_step_by_its_number(recipe, tmp_path):
+    train(plan_recipe(recipe(export=ExportSection(enabled=False))))
+    train(plan_recipe(recipe(resume="4", schedule=ScheduleSection(max_steps=6))))
+    assert [r.step for r in read_journal(tmp_path / "run" / "journal.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_assets_of_a_run_that_saved_nothing_are_made_anew(recipe, tmp_path):
+    stale = tmp_path / "run" / "assets"
+    stale.mkdir(parents=True)
+    (stale / "config.json").write_text("{}")
+    train(plan_recipe(recipe(resume="auto")))
+    assert json.loads((stale / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_a_warm_up_longer_than_the_records_allow_is_refused(recipe, tmp_path):
+    asked = recipe(schedule=ScheduleSection(epochs=1, warmup_steps=40))
+    with pytest.raises(ProblemsError, match=r"schedule\.warmup_steps=40: .*\(10 steps with these records"):
+        train(plan_recipe(asked))
+    assert not (tmp_path / "run").exists()
+
+
+def test_output_dir_that_is_a_file_is_refused(recipe, tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(ProblemsError, match=r"output_dir=.*taken: must be a folder"):
+        train(plan_recipe(recipe(output_dir=str(tmp_path / "taken"))))
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_several_hosts_are_refused(recipe):
+    with pytest.raises(ProblemsError, match=r"topology=v5p-32: .*several hosts is not yet supported"):
+        train(
+            plan_recipe(recipe(backend="xla", topology="v5p-32", data=DataSection(batch_rows=16, seq_len=64)))
+        )
+
+
+def test_problems_too_long_to_answer_are_left_out(recipe, tmp_path, capsys):
+    long = tmp_path / "held_out.jsonl"
+    texts = ["How many?", "How many coins? " * 60]
+    long.write_text("".join(json.dumps({"question": t, "answer": "#### 1"}) + "\n" for t in texts))
+    section = EvalSection(problems=2, path=str(long), max_new_tokens=8, batch_rows=2)
+    result = train(plan_recipe(recipe(eval=section)))
+    assert [answer.question for answer in result.after.answers] == ["How many?"]
+    assert "1 problems left out" in capsys.readouterr().out

@@ -17,13 +17,11 @@ import orbax.checkpoint as ocp
 
 from tptrain.backends.base import Backend, HostShards, Tensors
 from tptrain.ckpt.bridge import disk_spec, from_jax, to_jax
+from tptrain.ckpt.reading import RUN, read_run
 from tptrain.config.plan import Plan
 from tptrain.errors import Problem, ProblemsError, refuse
 from tptrain.family import ParamRow, stored_rows
 from tptrain.jaxside.specs import jax_mesh, named_sharding
-
-PARAMS = "params"
-RUN = "run"
 
 
 @dataclass(frozen=True)
@@ -76,29 +74,29 @@ class Checkpointer:
             rule = "must be a step that was saved"
             raise refuse("resume", step, rule, f"steps in {self._folder}: {known}", "one of them, or auto")
         folder = self._folder / str(step)
-        run = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / RUN)
-        return Restored({part: self.restore_part(folder, part, "resume") for part in parts}, run)
+        restored = {part: restore_part(self._plan, self._backend, folder, part, "resume") for part in parts}
+        return Restored(restored, read_run(folder))
 
-    def restore_part(self, step_folder: Path, part: str, setting: str) -> Tensors:
-        """One item of a step (of any run of this model) as buffers on the devices.
 
-        setting: the recipe's setting that named the step, for the list of what does not fit.
-        """
-        specs, sizes = self._plan.specs, self._plan.mesh.axis_sizes
-        folder = step_folder / part
-        with ocp.StandardCheckpointer() as reader:
-            check_tree(reader.metadata(folder).item_metadata.tree, self._rows, setting, step_folder)
-            wanted = {
-                name: jax.ShapeDtypeStruct(
-                    row.size,
-                    row.storage_dtype,
-                    sharding=named_sharding(self._mesh, disk_spec(row, specs[name])),
-                )
-                for name, row in self._rows.items()
-            }
-            arrays = reader.restore(folder, wanted)
-        held = {name: from_jax(self._rows[name], array, specs[name], sizes) for name, array in arrays.items()}
-        return self._backend.restore_shards(held)
+def restore_part(plan: Plan, backend: Backend, step_folder: Path, part: str, setting: str) -> Tensors:
+    """One item of a step (of any run of this model) as buffers on the devices; the step is only read.
+
+    setting: the recipe's setting that named the step, for the list of what does not fit.
+    """
+    mesh, sizes = jax_mesh(plan.mesh), plan.mesh.axis_sizes
+    rows = {row.name: row for row in stored_rows(plan.table)}
+    folder = step_folder.absolute() / part
+    with ocp.StandardCheckpointer() as reader:
+        check_tree(reader.metadata(folder).item_metadata.tree, rows, setting, step_folder)
+        wanted = {
+            name: jax.ShapeDtypeStruct(
+                row.size, row.storage_dtype, sharding=named_sharding(mesh, disk_spec(row, plan.specs[name]))
+            )
+            for name, row in rows.items()
+        }
+        arrays = reader.restore(folder, wanted)
+    held = {name: from_jax(rows[name], array, plan.specs[name], sizes) for name, array in arrays.items()}
+    return backend.restore_shards(held)
 
 
 def check_tree(

@@ -11,9 +11,12 @@ import orbax.checkpoint as ocp
 import torch
 
 from tptrain.ckpt.bridge import to_torch
-from tptrain.ckpt.checkpointer import PARAMS, RUN
 from tptrain.errors import refuse
 from tptrain.family import ParamRow
+
+# Items of a step: the weights, and what a run needs to go on.
+PARAMS = "params"
+RUN = "run"
 
 
 def is_step_folder(path: Path) -> bool:
@@ -34,12 +37,19 @@ def find_step(path: Path, setting: str) -> Path:
     return folder / str(published[-1])
 
 
+def read_run(step_folder: Path) -> dict[str, Any]:
+    """The JSON item of a step: step, cursor, seeds, recipe, config, versions."""
+    folder = step_folder.absolute() / RUN
+    run: dict[str, Any] = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder)
+    return run
+
+
 class StepReader:
     """A checkpoint step, read on the host. `run` is its JSON item."""
 
     def __init__(self, step_folder: Path):
         self._folder = step_folder.absolute()
-        self.run: dict[str, Any] = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(self._folder / RUN)
+        self.run = read_run(step_folder)
         self._reader = ocp.PyTreeCheckpointer()
 
     def read(self, row: ParamRow) -> torch.Tensor:

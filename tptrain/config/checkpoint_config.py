@@ -34,6 +34,11 @@ def find_checkpoint_config(recipe: Recipe, environ: Mapping[str, str] = os.envir
     return None if cached is None else read_config(cached, "model.pretrained", source)
 
 
+def config_is_on_the_hub_only(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether `model.pretrained` is a hub id whose config.json has not been downloaded yet."""
+    return recipe.model.pretrained is not None and find_checkpoint_config(recipe, environ) is None
+
+
 _PASSING_FOLDER = "a folder with config.json and safetensors files, a step RUN/checkpoints/STEP, or a hub id"
 
 

@@ -19,6 +19,10 @@ def local_topology(environ: Mapping[str, str], backend: str = "xla") -> str:
     if accelerator and environ.get("PJRT_DEVICE", "TPU") != "CPU":
         slices = _count(environ, "MEGASCALE_NUM_SLICES")
         return accelerator if slices == 1 else f"{slices}x{accelerator}"
+    if environ.get("PJRT_DEVICE") == "TPU":
+        rule = "must be named: this machine does not say which slice it belongs to"
+        other = "PJRT_DEVICE=TPU, TPU_ACCELERATOR_TYPE is not set"
+        raise refuse("topology", "auto", rule, other, "the slice's name, such as v6e-8")
     return f"cpu-{_count(environ, 'CPU_NUM_DEVICES')}"
 
 

@@ -168,6 +168,8 @@ class EvalSection:
     path: str | None = None
     """Held-out records, in the same form as data.path; "builtin:word_problems" holds out its own; none: those
     of data.path when it is a builtin."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
     split: str = "test"
     """Split of a hub data set or of a saved DatasetDict."""
     max_new_tokens: int = Field(default=256, ge=1)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
 from tptrain.backends.base import Backend, Tensors
 from tptrain.config.plan import Plan
+from tptrain.config.schema import DataSection
 from tptrain.data.answers import exact_match
-from tptrain.data.render import columns, encode_prompt, prompt_text
+from tptrain.data.render import check_columns, columns, encode_prompt, prompt_text, record_texts
 from tptrain.data.sources import load_records
+from tptrain.errors import raise_if_any, refuse
 from tptrain.generate.decoding import Generator
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One held-out problem: the prompt, the right completion, and what the model said."""
+    """One held-out problem: as the record has it, as the model saw it, the right completion, the model's."""
 
+    question: str
     prompt: str
     reference: str
     generated: str
@@ -26,6 +30,14 @@ class Answer:
     @property
     def is_right(self) -> bool:
         return exact_match(self.generated, self.reference)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    question: str
+    prompt: str
+    reference: str
+    ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -44,33 +56,57 @@ class Score:
 
 
 class ExactMatch:
-    """Answers the same held-out problems whenever it is called; compiled at the first call."""
+    """Answers the same held-out problems whenever it is called; compiled at the first call.
+
+    skipped: problems left out: not two texts, or too long for the positions with an answer behind them.
+    """
 
     def __init__(self, plan: Plan, backend: Backend, tokenizer: PreTrainedTokenizerFast):
         """Reads the problems that the plan's eval section names. Raises ProblemsError when it cannot."""
         section, data = plan.recipe.eval, plan.recipe.data
-        path = section.path or data.path
-        records = load_records(
-            path,
-            data.subset if path == data.path else None,
-            section.split,
-            section.problems,
-            setting="eval.path" if section.path else "data.path",
-        )
+        setting, path = ("eval.path", section.path) if section.path else ("data.path", data.path)
+        records = load_records(path, section.subset, section.split, section.problems, setting)
+        raise_if_any(check_columns(records, data))
         self._tokenizer = tokenizer
-        self._prompts = [prompt_text(record, data) for record in records]
-        self._references = [str(record[columns(data)[1]]) for record in records]
-        self._ids = [encode_prompt(tokenizer, prompt) for prompt in self._prompts]
-        rows = min(section.batch_rows, len(self._ids))
-        longest = max(len(ids) for ids in self._ids)
+        room = plan.facts.max_position_embeddings - section.max_new_tokens
+        self._problems = _fitting_problems(records, data, tokenizer, room)
+        self.skipped = len(records) - len(self._problems)
+        if not self._problems:
+            rule, other = (
+                "must leave a problem to answer",
+                f"{len(records)} problems, positions left for prompts: {room}",
+            )
+            raise refuse(
+                "eval.max_new_tokens", section.max_new_tokens, rule, other, "fewer, or shorter problems"
+            )
+        rows = min(section.batch_rows, len(self._problems))
+        longest = max(len(problem.ids) for problem in self._problems)
         stops = [tokenizer.eos_token_id]
         self._generator = Generator(backend, plan, rows, longest, section.max_new_tokens, stops)
 
     def __call__(self, params: Tensors) -> Score:
-        generated = self._generator.generate(params, self._ids)
+        generated = self._generator.generate(params, [problem.ids for problem in self._problems])
         return Score(tuple(self._answers(generated)))
 
     def _answers(self, generated: Sequence[list[int]]) -> list[Answer]:
-        texts = [str(self._tokenizer.decode(ids, skip_special_tokens=True)) for ids in generated]
-        triples = zip(self._prompts, self._references, texts, strict=True)
-        return [Answer(prompt, reference, text.strip()) for prompt, reference, text in triples]
+        texts = [str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in generated]
+        return [
+            Answer(problem.question, problem.prompt, problem.reference, text)
+            for problem, text in zip(self._problems, texts, strict=True)
+        ]
+
+
+def _fitting_problems(
+    records: Sequence[Mapping[str, Any]], data: DataSection, tokenizer: PreTrainedTokenizerFast, room: int
+) -> list[_Problem]:
+    """The records that are two texts and whose prompt has from 1 to `room` tokens."""
+    found = []
+    question, reference = columns(data)
+    for record in records:
+        if isinstance(record_texts(record, data), str):
+            continue
+        prompt = prompt_text(record, data)
+        ids = encode_prompt(tokenizer, prompt)
+        if 0 < len(ids) <= room:
+            found.append(_Problem(record[question], prompt, record[reference], ids))
+    return found

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tptrain.backends.base import Backend, Tensors
 from tptrain.backends.make import make_backend, prepare_process
-from tptrain.ckpt.checkpointer import PARAMS, Checkpointer
-from tptrain.ckpt.reading import find_step, is_step_folder
+from tptrain.ckpt.checkpointer import restore_part
+from tptrain.ckpt.reading import PARAMS, find_step, is_step_folder, read_run
 from tptrain.config.overrides import apply_overrides
 from tptrain.config.plan import Plan
 from tptrain.config.planning import plan_recipe
@@ -20,7 +20,7 @@ from tptrain.config.schema import (
     Recipe,
     ScheduleSection,
 )
-from tptrain.data.render import encode_prompt
+from tptrain.data.render import PRESETS, encode_prompt
 from tptrain.data.tokenizer import load_tokenizer
 from tptrain.errors import refuse
 from tptrain.generate.decoding import Generator
@@ -28,10 +28,12 @@ from tptrain.weights import SafetensorsSource
 from tptrain.weights.hf_json import read_json
 
 USAGE = """\
-usage: tptrain generate RUN_OR_FOLDER PROMPT [max_new_tokens=256] [setting=value ...]
+usage: tptrain generate RUN_OR_FOLDER PROMPT [--raw] [max_new_tokens=256] [setting=value ...]
 
 RUN_OR_FOLDER  a run's folder (its newest checkpoint), a step RUN/checkpoints/STEP, or a model folder
-PROMPT         the text to go on from, as the model was trained to see it
+PROMPT         the question; a run or step puts it into the form it was trained on (data.preset), a model
+               folder does not know that form and takes the text as it is
+--raw          take the text as it is in any case
 setting=value  settings of a recipe, such as mesh.tensor=2, precision.compute=bfloat16, backend=torch
 """
 
@@ -47,9 +49,9 @@ def main(argv: Sequence[str]) -> int:
         raise refuse(
             "arguments", " ".join(argv), "must be a folder and a prompt", "see --help", "RUN 'prompt'"
         )
-    folder, prompt, options = Path(argv[0]).expanduser(), argv[1], list(argv[2:])
+    folder, prompt, options = Path(argv[0]).expanduser(), argv[1], [a for a in argv[2:] if a != "--raw"]
     new_tokens = _take_new_tokens(options)
-    print(answer(folder, prompt, new_tokens, options))
+    print(answer(folder, prompt, new_tokens, options, raw="--raw" in argv[2:]))
     return 0
 
 
@@ -65,12 +67,19 @@ def _take_new_tokens(options: list[str]) -> int:
     return _DEFAULT_NEW_TOKENS
 
 
-def answer(folder: Path, prompt: str, new_tokens: int, overrides: Sequence[str] = ()) -> str:
-    """The greedy continuation of `prompt` by the model in `folder`."""
+def answer(
+    folder: Path, prompt: str, new_tokens: int, overrides: Sequence[str] = (), raw: bool = False
+) -> str:
+    """The greedy answer of the model in `folder`.
+
+    raw: go on from `prompt` as it is; otherwise a run's model gets it in the form of the run's preset.
+    """
     source = folder if (folder / "config.json").exists() else find_step(folder, "model")
     plan = plan_recipe(apply_overrides(_recipe(source), overrides))
     prepare_process(plan)
     tokenizer = load_tokenizer(plan.recipe.model)
+    if not raw and is_step_folder(source):
+        prompt = PRESETS[read_run(source)["recipe"]["data.preset"]].prompt.format(prompt)
     ids = encode_prompt(tokenizer, prompt)
     if not ids:
         raise refuse("prompt", repr(prompt), "must have at least one token", "it has 0", "a text")
@@ -98,11 +107,7 @@ def _recipe(source: Path) -> Recipe:
 def _weights(plan: Plan, backend: Backend, source: Path) -> Tensors:
     if not is_step_folder(source):
         return backend.place(SafetensorsSource(str(source), plan.table))
-    checkpointer = Checkpointer(plan, backend, source.parent)
-    try:
-        return checkpointer.restore_part(source, PARAMS, "model")
-    finally:
-        checkpointer.close()
+    return restore_part(plan, backend, source, PARAMS, "model")
 
 
 def _stop_ids(source: Path, tokenizer: object) -> list[int]:

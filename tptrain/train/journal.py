@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -54,16 +55,22 @@ class Journal:
         """keep_steps: lines after this step are cut; they belong to steps that will be done again."""
         path = run_folder / JOURNAL_FILE
         kept = [r for r in read_journal(path) if r.step <= keep_steps] if path.exists() else []
-        self._file = path.open("w", encoding="utf-8")
-        for record in kept:
-            self(record)
+        # Written beside and renamed, so that a crash here leaves the old journal.
+        fresh = path.with_suffix(".new")
+        fresh.write_text("".join(_line(record) for record in kept), encoding="utf-8")
+        os.replace(fresh, path)
+        self._file = path.open("a", encoding="utf-8")
 
     def __call__(self, record: StepRecord) -> None:
-        self._file.write(json.dumps(asdict(record)) + "\n")
+        self._file.write(_line(record))
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+def _line(record: StepRecord) -> str:
+    return json.dumps(asdict(record)) + "\n"
 
 
 def read_journal(path: Path) -> list[StepRecord]:

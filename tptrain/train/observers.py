@@ -67,10 +67,11 @@ class LogLines:
 class TensorBoard:
     """Event files in `RUN/tensorboard`."""
 
-    def __init__(self, run_folder: Path):
+    def __init__(self, run_folder: Path, done_steps: int):
+        """done_steps: what an earlier process has written after this step is dropped."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run_folder / "tensorboard"))
+        self._writer = SummaryWriter(str(run_folder / "tensorboard"), purge_step=done_steps + 1)
 
     def __call__(self, record: StepRecord) -> None:
         for name in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "step_seconds"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,19 +15,28 @@ from transformers import PreTrainedTokenizerFast
 
 from tptrain.backends.base import Backend, Tensors, TensorSource
 from tptrain.backends.make import make_backend, prepare_process
-from tptrain.ckpt.checkpointer import PARAMS, Checkpointer
-from tptrain.ckpt.reading import is_step_folder
+from tptrain.ckpt.checkpointer import Checkpointer, restore_part
+from tptrain.ckpt.reading import PARAMS, is_step_folder, read_run
+from tptrain.config.checkpoint_config import config_is_on_the_hub_only
 from tptrain.config.plan import Plan
+from tptrain.config.planning import plan_recipe
+from tptrain.config.schema import Recipe
 from tptrain.data.batches import Batches, RunLength, run_length
 from tptrain.data.dataset import tokenize_records
 from tptrain.data.render import record_texts
 from tptrain.data.sources import load_records
 from tptrain.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
-from tptrain.errors import raise_if_any
+from tptrain.errors import Problem, raise_if_any
 from tptrain.eval.exact_match import ExactMatch, Score
 from tptrain.export import export_step
 from tptrain.report.plan_page import plan_json
-from tptrain.train.folder import RunFolder, folder_problems, step_to_resume
+from tptrain.train.folder import (
+    RunFolder,
+    continuation_problems,
+    folder_problems,
+    length_problems,
+    step_to_resume,
+)
 from tptrain.train.journal import Journal
 from tptrain.train.loop import Loop, Progress
 from tptrain.train.observers import LogLines, Observer, ProgressBar, TensorBoard
@@ -69,13 +79,18 @@ def train(plan: Plan, console: Console | None = None) -> RunResult:
 
     Raises ProblemsError before anything is written when the inputs or the output folder do not allow the run.
     """
-    console = console or Console(highlight=False)
+    console = console or Console(highlight=False, markup=False)
+    raise_if_any(host_problems(plan))
     prepare_process(plan)
     folder = RunFolder(Path(plan.output_dir).expanduser())
     raise_if_any(folder_problems(plan, folder))
     prepared = prepare(plan, folder, console)
+    done_steps = step_to_resume(plan, folder) or 0
+    raise_if_any(length_problems(plan, prepared.length.total_steps, done_steps))
     backend = make_backend(plan)
     scorer = ExactMatch(plan, backend, prepared.tokenizer) if plan.recipe.eval.problems else None
+    if scorer is not None and scorer.skipped:
+        console.print(f"Evaluation: {scorer.skipped} problems left out (no text, or too long to answer).")
     source = _weight_source(plan)
     folder.root.mkdir(parents=True, exist_ok=True)
     _write_assets(plan, folder, prepared.tokenizer)
@@ -94,6 +109,22 @@ def train(plan: Plan, console: Console | None = None) -> RunResult:
     result = RunResult(folder.root, newest, exported, before, after)
     print_summary(console, plan, result.output_dir, newest, exported, before, after)
     return result
+
+
+def train_recipe(recipe: Recipe, console: Console | None = None) -> RunResult:
+    """Plan a recipe and run it. A config that only the hub has is fetched first, so that it is compared."""
+    pretrained = recipe.model.pretrained
+    if pretrained is not None and config_is_on_the_hub_only(recipe):
+        local_folder(pretrained, "model.pretrained", CONFIG_FILES)
+    return train(plan_recipe(recipe), console)
+
+
+def host_problems(plan: Plan) -> list[Problem]:
+    hosts = plan.topology.num_hosts
+    if hosts == 1:
+        return []
+    rule = "must be a slice of one host: training on several hosts is not yet supported"
+    return [Problem("topology", plan.topology.name, rule, f"{hosts} hosts", "v6e-8, v5e-8, v5p-8 or cpu-8")]
 
 
 def prepare(plan: Plan, folder: RunFolder, console: Console) -> Prepared:
@@ -116,7 +147,7 @@ def _tokenizer(plan: Plan, folder: RunFolder, records: list[dict[str, Any]]) -> 
     model = plan.recipe.model
     if model.tokenizer != "train":
         return load_tokenizer(model)
-    if folder.assets.exists():
+    if step_to_resume(plan, folder) is not None:
         return PreTrainedTokenizerFast.from_pretrained(str(folder.assets))
     texts = [record_texts(record, plan.recipe.data) for record in records]
     whole = ["".join(text) for text in texts if not isinstance(text, str)]
@@ -124,8 +155,11 @@ def _tokenizer(plan: Plan, folder: RunFolder, records: list[dict[str, Any]]) -> 
 
 
 def _write_assets(plan: Plan, folder: RunFolder, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write the run's config and tokenizer; what a run that saved no step has left is replaced."""
     if folder.assets.exists():
-        return
+        if step_to_resume(plan, folder) is not None:
+            return
+        shutil.rmtree(folder.assets)
     model = plan.recipe.model
     tokenizer_folder = checkpoint_folder = None
     if model.pretrained is not None:
@@ -158,11 +192,12 @@ def _start_state(
 ) -> tuple[Tensors, Progress]:
     step = step_to_resume(plan, folder)
     if step is not None:
+        raise_if_any(continuation_problems(plan, read_run(folder.step(step))))
         restored = checkpointer.restore(step, PARTS)
         return join_parts(restored.parts, not_halted(backend)), Progress(step, restored.run["cursor"])
     if not isinstance(source, Path):
         return fresh_state(backend, source), Progress(0, 0)
-    params = checkpointer.restore_part(source, PARAMS, "model.pretrained")
+    params = restore_part(plan, backend, source, PARAMS, "model.pretrained")
     parts = {"params": params, "mu": backend.zeros(), "nu": backend.zeros()}
     return join_parts(parts, not_halted(backend)), Progress(0, 0)
 
@@ -192,7 +227,7 @@ def _observers(plan: Plan, folder: RunFolder, console: Console, total: int, done
     log = plan.recipe.log
     observers: list[Observer] = [Journal(folder.root, keep_steps=done)]
     if log.tensorboard:
-        observers.append(TensorBoard(folder.root))
+        observers.append(TensorBoard(folder.root, done))
     if log.progress:
         bar = ProgressBar(console, total, done) if console.is_terminal else LogLines(console, total)
         observers.append(bar)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -46,12 +47,10 @@ def print_summary(
         console.print(_score_table(before, after))
         _print_answers(console, before, after)
     console.print(f"Checkpoint: {checkpoint}", soft_wrap=True)
-    model = output_dir
     if exported is not None:
-        console.print(f"Exported:   {exported}  (loads in transformers and vLLM)", soft_wrap=True)
-        model = exported
-    prompt = after.answers[0].prompt if after is not None else "your prompt"
-    console.print(f"Next:       tptrain generate {model} {_quoted(prompt)}", soft_wrap=True, markup=False)
+        console.print(f"Exported:   {exported}  (a Hugging Face model folder)", soft_wrap=True)
+    question = after.answers[0].question if after is not None else "your question"
+    console.print(f"Next:       tptrain generate {output_dir} {shlex.quote(question)}", soft_wrap=True)
 
 
 def _score_table(before: Score, after: Score) -> Table:
@@ -76,11 +75,3 @@ def _print_answers(console: Console, before: Score, after: Score) -> None:
 def _one_line(text: str, longest: int = 120) -> str:
     flat = " / ".join(text.split("\n"))
     return flat if len(flat) <= longest else f"{flat[:longest]} ..."
-
-
-def _quoted(text: str) -> str:
-    """As one shell word; line breaks in bash's form."""
-    if "\n" not in text and "'" not in text:
-        return f"'{text}'"
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
-    return f"$'{escaped}'"

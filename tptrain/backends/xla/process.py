@@ -11,7 +11,7 @@ from tptrain.topology import Topology
 
 
 def set_environment(topology: Topology, environ: MutableMapping[str, str]) -> None:
-    """State in the environment which devices torch_xla is to open; what the user has set stays.
+    """State in the environment which devices torch_xla is to open.
 
     torch_xla owns the chips; JAX, which writes the checkpoints, stays on the CPU beside it.
     """
