@@ -294,3 +294,22 @@ def test_a_bfloat16_row_survives_jax_bit_for_bit(size: tuple[int, int]) -> None:
     whole = small.whole(back, sizes)
     assert whole.dtype == torch.bfloat16
     assert torch.equal(whole.view(torch.int16), full.view(torch.int16))
+
+
+def test_the_readmes_snippet_reads_the_weights_in_plain_jax(saved: Saved, tmp_path: Path) -> None:
+    """As printed in README.md, in a process with one device and without tptrain or torch."""
+    readme = (Path(small.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (snippet,) = [part.split("```")[0] for part in readme.split("```python\n")[1:] if "orbax" in part]
+    there = "/path/to/runs/tiny_gsm8k/checkpoints/100/params"
+    assert there in snippet
+    code = snippet.replace(there, str(saved.step_folder / "params")) + (
+        "import sys\n"
+        "import numpy as np\n"
+        "assert not {'torch', 'tptrain'} & set(sys.modules)\n"
+        "assert jax.device_count() == 1\n"
+        "expected = np.load(sys.argv[1])\n"
+        "assert all(np.array_equal(params[n], expected[f'params/{n}']) for n in params)\n"
+        "print(len(params))\n"
+    )
+    count = len(saved.expected["params"])
+    assert run_reader(code, saved, tmp_path, tmp_path) == [str(count)]
