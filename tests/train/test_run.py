@@ -154,7 +154,7 @@ PROMPTS = ("Question: Ann has 48 coins. Ben gives Ann 24 more.\nAnswer:", "48+24
 REFUSED = {
     "export exists": (
         lambda tmp, recipe: ((tmp / "out").mkdir(), recipe(export=ExportSection(path=str(tmp / "out"))))[1],
-        ("export.path", "out", "must not exist", "", ""),
+        ("export.path", "out", "must not exist", "it exists", "another path, or remove it first"),
     ),
     "output holds a run": (
         lambda tmp, recipe: (
@@ -172,7 +172,7 @@ REFUSED = {
         lambda tmp, recipe: recipe(
             data=DataSection(path=str(tmp / "nothing.jsonl"), seq_len=112, batch_rows=4)
         ),
-        ("data.path", "nothing.jsonl", "must exist", "holds no nothing.jsonl", ""),
+        ("data.path", "nothing.jsonl", "must exist", "holds no nothing.jsonl", "local JSONL"),
     ),
     "wrong column": (
         lambda tmp, recipe: recipe(
@@ -190,7 +190,13 @@ REFUSED = {
                 | {"intermediate_size": 128},
             )
         ),
-        ("model.config.intermediate_size", "128", "", "112", "112"),
+        (
+            "model.config.intermediate_size",
+            "128",
+            "must equal the checkpoint's",
+            "=112",
+            "model.config=pretrained",
+        ),
     ),
 }
 
@@ -205,7 +211,7 @@ def test_refused_before_anything_is_written(case, recipe, tmp_path):
     (problem,) = refused.value.problems
     parts = (problem.setting, str(problem.value), problem.rule, problem.other, problem.fix)
     for part, fragment in zip(parts, expected, strict=True):
-        assert part, f"an empty part in {problem}"
+        assert fragment, f"{case} leaves a part unchecked"
         assert fragment in part
     assert sorted(str(p) for p in tmp_path.rglob("*")) == before
 

@@ -163,5 +163,4 @@ def test_a_hub_id_is_read_from_the_hubs_cache(tmp_path: Path, monkeypatch: pytes
         (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    for name in ("some/llama", "hf://some/llama"):
-        assert SafetensorsSource(name, saved_table(snapshot)).folder == snapshot
+    assert SafetensorsSource("some/llama", saved_table(snapshot)).folder == snapshot

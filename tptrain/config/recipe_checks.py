@@ -15,7 +15,7 @@ BUILTIN_DATA = ("builtin:word_problems",)
 SMALLEST_TRAINED_VOCAB = 259
 
 _RESUME_WORDS = ("never", "auto")
-_FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
+_FILE_SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
 
 
 def recipe_problems(recipe: Recipe) -> list[Problem]:

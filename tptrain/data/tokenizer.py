@@ -8,11 +8,11 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from tptrain.config.recipe_checks import SMALLEST_TRAINED_VOCAB
 from tptrain.config.schema import ModelSection
 from tptrain.errors import Problem, refuse
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
-SMALLEST_VOCABULARY = 256 + 3  # every byte, and the three special tokens
 
 # Renders a chat as the gsm8k preset renders a record, so that a model trained on that preset can chat.
 CHAT_TEMPLATE = (
@@ -66,10 +66,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     Few texts yield fewer than `vocab_size` tokens: the tokenizer is then smaller than the model's vocabulary,
     which does no harm. The same texts in the same order give the same tokenizer.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
-        other = f"256 bytes and 3 special tokens: {SMALLEST_VOCABULARY}"
+    if vocab_size < SMALLEST_TRAINED_VOCAB:
+        other = f"256 bytes and 3 special tokens: {SMALLEST_TRAINED_VOCAB}"
         rule = "is too small to train a tokenizer for"
-        raise refuse("model.config.vocab_size", vocab_size, rule, other, f"{SMALLEST_VOCABULARY} or more")
+        raise refuse("model.config.vocab_size", vocab_size, rule, other, f"{SMALLEST_TRAINED_VOCAB} or more")
     bpe = Tokenizer(models.BPE())
     digits = pre_tokenizers.Split(Regex(r"\p{N}"), "isolated")
     bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tptrain.backends.base import Backend, Tensors
@@ -11,7 +13,7 @@ from tptrain.ckpt.checkpointer import restore_part
 from tptrain.ckpt.reading import PARAMS, find_step, is_step_folder, read_run
 from tptrain.config.overrides import apply_overrides
 from tptrain.config.plan import Plan
-from tptrain.config.planning import plan_recipe
+from tptrain.config.planning import find_topology, plan_recipe
 from tptrain.config.schema import (
     DataSection,
     ExportSection,
@@ -55,8 +57,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _take_new_tokens(options: list[str]) -> int:
-    """Remove `max_new_tokens=N` from the options and return N."""
+def _take_new_tokens(options: list[str]) -> int | None:
+    """Remove `max_new_tokens=N` from the options and return N, or None where it is not given."""
     for option in options:
         key, _, value = option.partition("=")
         if key == "max_new_tokens":
@@ -64,32 +66,40 @@ def _take_new_tokens(options: list[str]) -> int:
             if not value.isdigit() or int(value) < 1:
                 raise refuse(key, value, "must be a whole number above 0", "smallest: 1", "64")
             return int(value)
-    return _DEFAULT_NEW_TOKENS
+    return None
 
 
 def answer(
-    folder: Path, prompt: str, new_tokens: int, overrides: Sequence[str] = (), raw: bool = False
+    folder: Path, prompt: str, new_tokens: int | None, overrides: Sequence[str] = (), raw: bool = False
 ) -> str:
     """The greedy answer of the model in `folder`.
 
+    new_tokens: longest answer; None for 256, or what the model's positions leave behind the prompt.
     raw: go on from `prompt` as it is; otherwise a run's model gets it in the form of the run's preset.
     """
     source = folder if (folder / "config.json").exists() else find_step(folder, "model")
-    plan = plan_recipe(apply_overrides(_recipe(source), overrides))
+    plan = _plan(source, overrides)
     prepare_process(plan)
     tokenizer = load_tokenizer(plan.recipe.model)
+    backend = make_backend(plan)  # before anything reads the step: JAX takes its devices at its first use
     if not raw and is_step_folder(source):
         prompt = PRESETS[read_run(source)["recipe"]["data.preset"]].prompt.format(prompt)
     ids = encode_prompt(tokenizer, prompt)
     if not ids:
         raise refuse("prompt", repr(prompt), "must have at least one token", "it has 0", "a text")
-    backend = make_backend(plan)
-    room = plan.facts.max_position_embeddings - len(ids)
-    generator = Generator(
-        backend, plan, 1, len(ids), max(min(new_tokens, room), 1), _stop_ids(source, tokenizer)
-    )
+    if new_tokens is None:
+        room = plan.facts.max_position_embeddings - len(ids)
+        new_tokens = max(min(_DEFAULT_NEW_TOKENS, room), 1)
+    generator = Generator(backend, plan, 1, len(ids), new_tokens, _stop_ids(source, tokenizer))
     (generated,) = generator.generate(_weights(plan, backend, source), [ids])
     return str(tokenizer.decode(generated, skip_special_tokens=True)).strip()
+
+
+def _plan(source: Path, overrides: Sequence[str]) -> Plan:
+    """A plan with a row per device; it is only read for the model and the mesh."""
+    recipe = apply_overrides(_recipe(source), overrides)
+    rows = find_topology(recipe, os.environ).num_devices
+    return plan_recipe(replace(recipe, data=replace(recipe.data, batch_rows=rows)))
 
 
 def _recipe(source: Path) -> Recipe:
@@ -97,7 +107,7 @@ def _recipe(source: Path) -> Recipe:
     return Recipe(
         name="generate",
         model=ModelSection(pretrained=str(source)),
-        data=DataSection(path="none", batch_rows=1024, seq_len=2),
+        data=DataSection(path="none", seq_len=2),
         schedule=ScheduleSection(max_steps=1),
         precision=PrecisionSection(compute="float32"),
         export=ExportSection(enabled=False),

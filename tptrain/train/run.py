@@ -26,7 +26,7 @@ from tptrain.data.dataset import tokenize_records
 from tptrain.data.render import record_texts
 from tptrain.data.sources import load_records
 from tptrain.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
-from tptrain.errors import Problem, raise_if_any
+from tptrain.errors import Problem, TptrainError, raise_if_any
 from tptrain.eval.exact_match import ExactMatch, Score
 from tptrain.export import export_step
 from tptrain.report.plan_page import plan_json
@@ -105,7 +105,7 @@ def train(plan: Plan, console: Console | None = None) -> RunResult:
     finally:
         checkpointer.close()
     newest = folder.step(prepared.length.total_steps)
-    exported = _export(plan, newest)
+    exported = _export(plan, newest, console)
     result = RunResult(folder.root, newest, exported, before, after)
     print_summary(console, plan, result.output_dir, newest, exported, before, after)
     return result
@@ -262,8 +262,15 @@ def _scored(console: Console, scorer: ExactMatch | None, state: Tensors, when: s
     return score
 
 
-def _export(plan: Plan, step_folder: Path) -> Path | None:
+def _export(plan: Plan, step_folder: Path, console: Console) -> Path | None:
     if plan.export_dir is None:
         return None
     section = plan.recipe.export
-    return export_step(step_folder, Path(plan.export_dir), None, section.dtype, section.max_shard_gb)
+    try:
+        return export_step(step_folder, Path(plan.export_dir), None, section.dtype, section.max_shard_gb)
+    except TptrainError:
+        console.print(
+            f"The run is saved; export it with: python tools/convert_ckpt.py {step_folder} FOLDER",
+            soft_wrap=True,
+        )
+        raise

@@ -57,7 +57,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 def local_folder(name: str | Path, setting: str, patterns: Sequence[str]) -> Path:
     """The folder that `name` stands for: itself, or the hub's snapshot of the files that match `patterns`.
 
-    name: a local folder, or a hub id such as `org/model` (`hf://org/model` is the same).
+    name: a local folder, or a hub id such as `org/model`.
     Raises ProblemsError when it is neither, or when the hub cannot be reached and its cache lacks the files.
     """
     path = Path(name).expanduser()
@@ -66,7 +66,7 @@ def local_folder(name: str | Path, setting: str, patterns: Sequence[str]) -> Pat
     rule = "must be a folder or a hub id"
     if str(name) and path.exists():
         raise refuse(setting, name, rule, "it is a file", f"its folder, {path.parent}")
-    hub_id = str(name).removeprefix("hf://")
+    hub_id = str(name)
     if not _HUB_ID.fullmatch(hub_id):
         other = "no such folder, and not of the form org/name"
         raise refuse(setting, name, rule, other, "the path of a folder, or org/name")
