@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -184,22 +185,25 @@ def test_a_failure_half_way_leaves_nothing(tmp_path: Path, error: BaseException)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-@pytest.fixture
-def file_size_limit() -> Iterator[Callable[[int], None]]:
-    """Limits how large a file this process may write, as a full disk would."""
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Limits how large a file this process may write, as a full disk would.
+
+    No longer than needed: the limit is also that of the file pytest may be printing to.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     assert signal.getsignal(signal.SIGXFSZ) == signal.SIG_IGN
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_write_that_fails_is_a_problem_and_leaves_nothing(
-    tmp_path: Path, file_size_limit: Callable[[int], None]
-) -> None:
+def test_a_write_that_fails_is_a_problem_and_leaves_nothing(tmp_path: Path) -> None:
     saved_model(tmp_path / "in")
     read, table, config = reader(tmp_path / "in"), saved_table(tmp_path / "in"), read_config(tmp_path / "in")
-    file_size_limit(20_000)
-    with pytest.raises(ProblemsError) as caught:
+    with pytest.raises(ProblemsError) as caught, largest_file(20_000):
         export_folder(tmp_path / "out", table, config, read)
     problem = caught.value.problems[0]
     assert (problem.setting, problem.value) == ("export.path", tmp_path / "out")
