@@ -35,7 +35,7 @@ RECIPE = Recipe(
     model=ModelSection(config=TINY_LLAMA, tokenizer="train"),
     data=DataSection(path="builtin:word_problems", preset="gsm8k", seq_len=96, batch_rows=16),
     optim=OptimSection(learning_rate=3e-3, beta2=0.99),
-    schedule=ScheduleSection(max_steps=900, warmup_steps=40),
+    schedule=ScheduleSection(max_steps=1100, warmup_steps=40),
     precision=PrecisionSection(compute="float32"),
     eval=EvalSection(problems=200, path="builtin:word_problems", max_new_tokens=64),
 )
