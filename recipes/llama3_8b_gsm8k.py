@@ -1,4 +1,4 @@
-"""Fine-tune Llama-3-8B on GSM8K, on one v5p-32 or whatever is attached.
+"""Fine-tune Llama-3-8B on GSM8K. It plans for any slice; training is for slices of one host so far.
 
 For example:
     tptrain plan recipes/llama3_8b_gsm8k.py topology=v5p-32

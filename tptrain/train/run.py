@@ -120,6 +120,7 @@ def train_recipe(recipe: Recipe, console: Console | None = None) -> RunResult:
 
 
 def host_problems(plan: Plan) -> list[Problem]:
+    """Several hosts: each would have to write its own shards, and one of them the files of the run."""
     hosts = plan.topology.num_hosts
     if hosts == 1:
         return []
