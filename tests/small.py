@@ -16,6 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tptrain.backends.base import Backend, HostShards, Tensors
+from tptrain.backends.shards import host_shards
 from tptrain.config import (
     DataSection,
     MeshSection,
@@ -259,5 +260,5 @@ def whole(held: HostShards, axis_sizes: Mapping[str, int]) -> torch.Tensor:
 
 def whole_rows(backend: Backend, plan: Plan, buffers: Tensors) -> Tensors:
     """Buffers of a backend as whole tensors in memory size, by row name."""
-    held = backend.host_shards(buffers)
+    held = host_shards(backend, buffers)
     return {name: whole(shards, plan.mesh.axis_sizes) for name, shards in held.items()}

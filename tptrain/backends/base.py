@@ -100,6 +100,8 @@ class Layout:
 class HostShards:
     """One row of the table in host memory, as the pieces that this process's devices hold.
 
+    Read them with `tptrain.backends.shards.host_shards`.
+
     shape:  the row's padded size.
     spec:   how the mesh splits it.
     shards: mesh position (row-major over AXES) -> CPU tensor, for every device of this process.
@@ -142,6 +144,8 @@ class Backend(Protocol):
     layout: Layout
     # Whether the devices compute while the host does other things (chips do, virtual CPU devices do not).
     works_beside_host: bool
+    # Mesh positions (row-major over AXES) of this process's devices.
+    local_positions: tuple[int, ...]
 
     def decoder(self) -> Decoder:
         """The model as this backend runs it; its parameters carry the names of the layout's buffers."""
@@ -180,12 +184,11 @@ class Backend(Protocol):
         """
         ...
 
-    def host_shards(self, tensors: Tensors) -> dict[str, HostShards]:
-        """Buffers -> rows by table name, as private host copies of the shards this process holds."""
-        ...
+    def fetch_shards(self, tensors: Tensors) -> dict[str, dict[int, torch.Tensor]]:
+        """Buffers -> their pieces on the host: name -> mesh position -> CPU tensor, for local positions.
 
-    def restore_shards(self, rows: Mapping[str, HostShards]) -> Tensors:
-        """The inverse of `host_shards`: rows by table name -> buffers on the devices."""
+        The values must be finished (`sync`). The pieces may share memory with the buffers.
+        """
         ...
 
     def fetch_scalars(self, outputs: Tensors) -> dict[str, float]:

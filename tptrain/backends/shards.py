@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from tptrain.backends.base import Buffer, HostShards, TensorSource
+from tptrain.backends.base import Backend, Buffer, HostShards, Tensors, TensorSource
 from tptrain.family import ParamRow
 
 Slices = tuple[slice, ...]
+
+# Slices read at a time: enough to keep a disk busy, few enough to be small beside a buffer.
+_READERS = 4
 
 
 def read_row_slice(row: ParamRow, wanted: Slices, source: TensorSource, out: torch.Tensor) -> None:
@@ -30,17 +34,34 @@ def read_buffer_shards(
     slices: mesh position -> slice of one row. Positions that hold the same slice share one tensor.
     """
     made: dict[tuple, torch.Tensor] = {}
-    shards = {}
+    shards, reads = {}, []
     for position, wanted in slices.items():
         key = tuple((s.start, s.stop) for s in wanted)
         if key not in made:
             shape = [s.stop - s.start for s in wanted]
             piece = torch.empty([len(buffer.rows), *shape], dtype=buffer.dtype)
-            for index, row in enumerate(buffer.rows):
-                read_row_slice(row, wanted, source, piece[index])
+            reads += [(row, wanted, source, piece[index]) for index, row in enumerate(buffer.rows)]
             made[key] = piece if buffer.stacked else piece[0]
         shards[position] = made[key]
+    with ThreadPoolExecutor(_READERS) as pool:
+        for done in [pool.submit(read_row_slice, *read) for read in reads]:
+            done.result()
     return shards
+
+
+def read_ahead(
+    buffers: Iterable[Buffer], read: Callable[[Buffer], dict[int, torch.Tensor]]
+) -> Iterator[tuple[Buffer, dict[int, torch.Tensor]]]:
+    """Each buffer with its pieces; those of the next one are read while this one is used."""
+    with ThreadPoolExecutor(1) as reader:
+        previous: tuple[Buffer, Future[dict[int, torch.Tensor]]] | None = None
+        for buffer in buffers:
+            upcoming = (buffer, reader.submit(read, buffer))
+            if previous is not None:
+                yield previous[0], previous[1].result()
+            previous = upcoming
+        if previous is not None:
+            yield previous[0], previous[1].result()
 
 
 def split_rows(buffer: Buffer, shards: Mapping[int, torch.Tensor]) -> dict[str, HostShards]:
@@ -55,9 +76,10 @@ def split_rows(buffer: Buffer, shards: Mapping[int, torch.Tensor]) -> dict[str, 
     }
 
 
-def stack_rows(buffer: Buffer, rows: Mapping[str, HostShards]) -> dict[int, torch.Tensor]:
-    """The inverse of `split_rows`."""
-    parts = [rows[row.name].shards for row in buffer.rows]
-    if not buffer.stacked:
-        return dict(parts[0])
-    return {position: torch.stack([part[position] for part in parts]) for position in parts[0]}
+def host_shards(backend: Backend, tensors: Tensors) -> dict[str, HostShards]:
+    """Buffers -> rows by table name, as host copies of the shards that this process holds."""
+    backend.sync()
+    rows: dict[str, HostShards] = {}
+    for name, shards in backend.fetch_shards(tensors).items():
+        rows |= split_rows(backend.layout.buffers[name], {p: piece.clone() for p, piece in shards.items()})
+    return rows

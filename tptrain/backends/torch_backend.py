@@ -11,8 +11,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from tptrain.backends.base import TORCH_DTYPES, HostShards, Layout, StepFunction, Tensors, TensorSource
-from tptrain.backends.shards import read_buffer_shards, split_rows, stack_rows
+from tptrain.backends.base import TORCH_DTYPES, Layout, StepFunction, Tensors, TensorSource
+from tptrain.backends.shards import read_buffer_shards
 from tptrain.config.plan import Plan
 from tptrain.mesh import Spec
 from tptrain.models.attention import KVCache
@@ -56,6 +56,7 @@ class TorchBackend:
         assert plan.num_devices == 1, "the torch backend runs on one device"
         self.plan = plan
         self.works_beside_host = False
+        self.local_positions: tuple[int, ...] = (0,)
         self.layout = Layout.plain(plan.table, plan.specs)
 
     def decoder(self) -> Decoder:
@@ -97,14 +98,8 @@ class TorchBackend:
     ) -> EagerStep:
         return EagerStep(function)
 
-    def host_shards(self, tensors: Tensors) -> dict[str, HostShards]:
-        rows: dict[str, HostShards] = {}
-        for name, tensor in tensors.items():
-            rows |= split_rows(self.layout.buffers[name], {0: tensor.detach().clone()})
-        return rows
-
-    def restore_shards(self, rows: Mapping[str, HostShards]) -> Tensors:
-        return {name: stack_rows(buffer, rows)[0].clone() for name, buffer in self.layout.buffers.items()}
+    def fetch_shards(self, tensors: Tensors) -> dict[str, dict[int, torch.Tensor]]:
+        return {name: {0: tensor.detach()} for name, tensor in tensors.items()}
 
     def fetch_scalars(self, outputs: Tensors) -> dict[str, float]:
         return {name: tensor.item() for name, tensor in outputs.items()}

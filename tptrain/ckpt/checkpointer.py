@@ -1,116 +1,187 @@
-"""Saving and restoring a run with Orbax.
+"""Saving a run's state in the background, and restoring the newest good one.
 
-A step on disk is `RUN/checkpoints/<step>/` with the items `params`, `mu` and `nu` (flat dicts of arrays by
-Hugging Face name) and `run` (JSON: step, cursor, seeds, recipe, config, versions). Orbax publishes a step by
-renaming it when everything is written, so a crash leaves the steps before it.
+A step on disk is `RUN/checkpoints/STEP` with the items `params`, `mu` and `nu` (flat dicts of arrays by
+Hugging Face name), `run` (JSON: step, cursor, seeds, recipe, config, versions) and the digest manifest. Orbax
+writes the items and commits them by a rename; the manifest comes last and publishes the step. Older steps are
+deleted only then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
-from tptrain.backends.base import Backend, HostShards, Tensors
-from tptrain.ckpt.bridge import disk_spec, from_jax, to_jax
-from tptrain.ckpt.reading import RUN, read_run
+from tptrain.backends.base import Backend, Tensors
+from tptrain.ckpt.host_array import HostArrayHandler, array_item_handler
+from tptrain.ckpt.policies import KeepLast, KeepPolicy, steps_to_delete
+from tptrain.ckpt.publishing import publish
+from tptrain.ckpt.restoring import Accept, Restored, restore_newest, restore_step
+from tptrain.ckpt.snapshot import Snapshot
+from tptrain.ckpt.steps import RUN, delete_step, remove_leftovers, set_aside, with_metrics
 from tptrain.config.plan import Plan
-from tptrain.errors import Problem, ProblemsError, refuse
-from tptrain.family import ParamRow, stored_rows
-from tptrain.jaxside.specs import jax_mesh, named_sharding
+from tptrain.errors import TptrainError
+from tptrain.jaxside.hosts import barrier, is_primary
+
+# (begin or end, phase, step)
+OnPhase = Callable[[str, str, int], None]
 
 
-@dataclass(frozen=True)
-class Restored:
-    """A step read back: the parts of the state on the devices, and the `run` item."""
-
-    parts: dict[str, Tensors]
-    run: dict[str, Any]
+class SaveError(TptrainError):
+    """A step could not be saved; the steps before it are untouched."""
 
 
 class Checkpointer:
-    """Asynchronous checkpoints of one run."""
+    """The checkpoints of one run. With several processes, each has one and all make the same calls.
 
-    def __init__(self, plan: Plan, backend: Backend, folder: Path):
-        """folder: `RUN/checkpoints`, made if missing."""
-        self._plan, self._backend, self._folder = plan, backend, folder.absolute()
-        self._mesh = jax_mesh(plan.mesh)
-        self._rows = {row.name: row for row in stored_rows(plan.table)}
-        options = ocp.CheckpointManagerOptions(max_to_keep=plan.recipe.save.keep_last)
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+    in_flight: the step that is being written in the background, or None.
+    """
 
-    def save(self, step: int, parts: Mapping[str, Tensors], run: Mapping[str, Any]) -> None:
-        """Start writing a step; returns when the shards are copied to the host.
+    def __init__(
+        self,
+        plan: Plan,
+        backend: Backend,
+        folder: Path,
+        keep: Sequence[KeepPolicy] = (KeepLast(2),),
+        say: Callable[[str], None] = print,
+        on_phase: OnPhase = lambda kind, phase, step: None,
+    ):
+        """folder: `RUN/checkpoints`, made if missing; leftovers of processes that were killed are removed.
 
-        parts: part name -> buffers by name. A save still under way is finished first.
+        keep:     what stays when a new step is published; what no policy keeps is deleted.
+        say:      tells the user one line; on_phase: is told when "save" (copying, the run waits), "write" and
+                  "commit" (both in the background) begin and end. Both are called from two threads.
         """
-        items: dict[str, Any] = {RUN: ocp.args.JsonSave(dict(run))}
-        for part, buffers in parts.items():
-            items[part] = ocp.args.StandardSave(self._arrays(self._backend.host_shards(buffers)))
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        self._plan, self._backend, self._folder = plan, backend, folder.absolute()
+        self._keep, self._say, self._on_phase = tuple(keep), say, on_phase
+        self._snapshot: Snapshot | None = None
+        self._orbax: ocp.AsyncCheckpointer | None = None
+        self._writers: dict[str, HostArrayHandler] = {}
+        self._thread: threading.Thread | None = None
+        self._error: SaveError | None = None
+        self.in_flight: int | None = None
+        if is_primary():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self._folder)
+        barrier("checkpoints are open")
 
-    def _arrays(self, held: Mapping[str, HostShards]) -> dict[str, jax.Array]:
-        sizes = self._plan.mesh.axis_sizes
-        return {name: to_jax(self._rows[name], shards, self._mesh, sizes) for name, shards in held.items()}
+    def save(
+        self,
+        step: int,
+        parts: Mapping[str, Tensors],
+        run: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Start saving a step; returns when the state is copied, and the next step may change it.
+
+        parts: part name -> buffers by name. metrics: scores of the step, for policies and `--from-step best`.
+        A save still under way is finished first. A save that fails in the background is told at once; `wait`
+        raises it. Raises SaveError when not even the start succeeds.
+        """
+        if self.in_flight is not None:
+            self._say(f"Step {step} waits to be saved until step {self.in_flight} is written.")
+        self._join()
+        self._error = None
+        self._on_phase("begin", "save", step)
+        try:
+            self._start(step, parts, run)
+        except OSError as error:
+            raise self._failed(step, error) from error
+        finally:
+            self._on_phase("end", "save", step)
+        self.in_flight = step
+        self._on_phase("begin", "write", step)
+        # A daemon, so that a run that is told to exit at once does not wait for a disk.
+        self._thread = threading.Thread(
+            target=self._finish, args=(step, dict(metrics or {})), name="tptrain-save", daemon=True
+        )
+        self._thread.start()
+
+    def _start(self, step: int, parts: Mapping[str, Tensors], run: Mapping[str, Any]) -> None:
+        if self._snapshot is None:
+            self._snapshot = Snapshot(self._plan, self._backend, tuple(parts))
+        if self._orbax is None:
+            self._orbax = self._open_orbax(parts)
+        self._snapshot.take(parts)
+        target = self._folder / str(step)
+        if target.exists() and is_primary():
+            # Left by a process that was killed before it could publish it, or by an earlier timeline.
+            set_aside(self._folder, step, "unpublished")
+        arrays = {part: ocp.args.PyTreeSave(self._snapshot.arrays[part]) for part in parts}
+        self._orbax.save(target, args=ocp.args.Composite(**{RUN: ocp.args.JsonSave(dict(run))}, **arrays))
+
+    def _open_orbax(self, parts: Mapping[str, Tensors]) -> ocp.AsyncCheckpointer:
+        made = {part: array_item_handler() for part in parts}
+        self._writers = {part: writer for part, (_, writer) in made.items()}
+        handlers = {part: handler for part, (handler, _) in made.items()}
+        return ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(**{RUN: ocp.JsonCheckpointHandler()}, **handlers)
+        )
+
+    def _finish(self, step: int, metrics: Mapping[str, float]) -> None:
+        """In the background: wait for Orbax, publish, delete what is no longer kept."""
+        phase = "write"
+        try:
+            assert self._orbax is not None
+            self._orbax.wait_until_finished()
+            self._on_phase("end", "write", step)
+            phase = "commit"
+            self._on_phase("begin", "commit", step)
+            publish(self._folder / str(step), step, metrics, self._writers)
+            if is_primary():
+                for old in steps_to_delete(with_metrics(self._folder), self._keep):
+                    delete_step(self._folder, old)
+        except Exception as error:  # whatever it is, the run must hear of it and go on
+            self._error = self._failed(step, error)
+            self._say(str(self._error))
+        finally:
+            self._on_phase("end", phase, step)
+            self.in_flight = None
+
+    def _failed(self, step: int, error: Exception) -> SaveError:
+        """The error of a failed save, whose files are removed so that the next one has their room."""
+        self._orbax = None
+        if is_primary():
+            remove_leftovers(self._folder)
+        steps = with_metrics(self._folder)
+        newest = f"step {steps[-1].step} is the newest one saved" if steps else "no step is saved yet"
+        reason = str(error).strip().split("\n")[0]
+        return SaveError(f"step {step} could not be saved in {self._folder}: {reason}; {newest}")
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
     def wait(self) -> None:
-        """Return when the save under way is published; raise what went wrong with it."""
-        self._manager.wait_until_finished()
+        """Return when no save is under way; raise SaveError if the last one failed."""
+        self._join()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
 
     def close(self) -> None:
-        self._manager.close()
+        """Wait for a save under way and give up the host memory."""
+        self._join()
+        if self._orbax is not None:
+            self._orbax.close()
+        self._orbax = self._snapshot = None
 
-    def latest_step(self) -> int | None:
-        return self._manager.latest_step()
+    def restore(
+        self, step: int | None, parts: tuple[str, ...], accept: Accept, unverified: bool = False
+    ) -> Restored:
+        """Read a step of this run onto the devices, whatever mesh it was saved from, and verify it.
 
-    def restore(self, step: int, parts: tuple[str, ...]) -> Restored:
-        """Read a step of this run onto the devices, whatever mesh it was saved from."""
-        if step not in self._manager.all_steps():
-            known = ", ".join(str(s) for s in self._manager.all_steps()) or "none"
-            rule = "must be a step that was saved"
-            raise refuse("resume", step, rule, f"steps in {self._folder}: {known}", "one of them, or auto")
-        folder = self._folder / str(step)
-        restored = {part: restore_part(self._plan, self._backend, folder, part, "resume") for part in parts}
-        return Restored(restored, read_run(folder))
-
-
-def restore_part(plan: Plan, backend: Backend, step_folder: Path, part: str, setting: str) -> Tensors:
-    """One item of a step (of any run of this model) as buffers on the devices; the step is only read.
-
-    setting: the recipe's setting that named the step, for the list of what does not fit.
-    """
-    mesh, sizes = jax_mesh(plan.mesh), plan.mesh.axis_sizes
-    rows = {row.name: row for row in stored_rows(plan.table)}
-    folder = step_folder.absolute() / part
-    with ocp.StandardCheckpointer() as reader:
-        check_tree(reader.metadata(folder).item_metadata.tree, rows, setting, step_folder)
-        wanted = {
-            name: jax.ShapeDtypeStruct(
-                row.size, row.storage_dtype, sharding=named_sharding(mesh, disk_spec(row, plan.specs[name]))
+        step:   None for the newest good one: a damaged step is set aside by name and the one before is tried.
+        accept: is given the `run` item before any weights are read, and raises what forbids going on with it.
+        unverified: take also a step that has no manifest.
+        Raises ProblemsError when no step can be restored.
+        """
+        if step is None:
+            return restore_newest(
+                self._plan, self._backend, self._folder, parts, accept, unverified, self._say
             )
-            for name, row in rows.items()
-        }
-        arrays = reader.restore(folder, wanted)
-    held = {name: from_jax(rows[name], array, plan.specs[name], sizes) for name, array in arrays.items()}
-    return backend.restore_shards(held)
-
-
-def check_tree(
-    found: Mapping[str, Any], rows: Mapping[str, ParamRow], setting: str, step_folder: Path
-) -> None:
-    """List every tensor of a step that is missing, extra or misshapen, before any is read."""
-    problems = []
-    for name in sorted(set(rows) | set(found)):
-        there = str(list(found[name].shape)) if name in found else "nothing"
-        wanted = str(list(rows[name].size)) if name in rows else "nothing"
-        if there != wanted:
-            rule = f"{name} must be {wanted} as in the model's config"
-            problems.append(
-                Problem(setting, step_folder, rule, f"checkpoint has {there}", "a step of this model")
-            )
-    if problems:
-        raise ProblemsError(problems)
+        return restore_step(self._plan, self._backend, self._folder / str(step), parts, accept, unverified)

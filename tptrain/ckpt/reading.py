@@ -1,40 +1,30 @@
-"""Reading a checkpoint step as whole tensors on the host, one at a time: what an export needs."""
+"""Reading a checkpoint step: its JSON item, and its weights by slices or by blocks."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 import torch
 
-from tptrain.ckpt.bridge import to_torch
-from tptrain.errors import refuse
+from tptrain.backends.shards import Slices
+from tptrain.ckpt.arrays import BLOCK_BYTES, is_chunk, open_array, to_torch
+from tptrain.ckpt.digests import (
+    MANIFEST,
+    Damage,
+    Manifest,
+    ManifestError,
+    damages,
+    listing_damages,
+    read_manifest,
+)
+from tptrain.ckpt.steps import PARAMS, RUN
+from tptrain.errors import Problem, ProblemsError, refuse
 from tptrain.family import ParamRow
-
-# Items of a step: the weights, and what a run needs to go on.
-PARAMS = "params"
-RUN = "run"
-
-
-def is_step_folder(path: Path) -> bool:
-    """Whether a folder is a published checkpoint step of ours."""
-    return (path / PARAMS).is_dir() and (path / RUN).is_dir()
-
-
-def find_step(path: Path, setting: str) -> Path:
-    """The step folder that a path means: a step itself, a run (its newest step) or a `checkpoints` folder."""
-    if is_step_folder(path):
-        return path
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
-    published = sorted(step for step in steps if is_step_folder(folder / str(step)))
-    if not published:
-        rule = "must be a checkpoint step, or a run that has one"
-        raise refuse(setting, path, rule, f"no step in {folder}", "RUN/checkpoints/STEP")
-    return folder / str(published[-1])
 
 
 def read_run(step_folder: Path) -> dict[str, Any]:
@@ -44,19 +34,122 @@ def read_run(step_folder: Path) -> dict[str, Any]:
     return run
 
 
-class StepReader:
-    """A checkpoint step, read on the host. `run` is its JSON item."""
+def read_tree(item: Path) -> Mapping[str, Any]:
+    """Name -> metadata (shape, dtype) of every array of an item; no values are read."""
+    with ocp.StandardCheckpointer() as reader:
+        tree: Mapping[str, Any] = reader.metadata(item.absolute()).item_metadata.tree
+        return tree
 
-    def __init__(self, step_folder: Path):
-        self._folder = step_folder.absolute()
+
+def check_tree(item: Path, rows: Mapping[str, ParamRow], setting: str) -> list[Problem]:
+    """Every array of an item that is missing, extra, of another shape or dtype; no values are read."""
+    found = read_tree(item)
+    problems = []
+    for name in sorted(set(rows) | set(found)):
+        there = f"{list(found[name].shape)} {found[name].dtype}" if name in found else "nothing"
+        wanted = f"{list(rows[name].size)} {rows[name].storage_dtype}" if name in rows else "nothing"
+        if there != wanted:
+            rule = f"{item.name}/{name} must be {wanted} as in the model's config"
+            problems.append(
+                Problem(setting, item.parent, rule, f"checkpoint has {there}", "a step of this model")
+            )
+    return problems
+
+
+class StepSource:
+    """A TensorSource over one item of a step: `params`, or a moment of the optimizer."""
+
+    def __init__(self, item: Path):
+        self._item, self._context = item, ts.Context()
+        self._open: dict[str, ts.TensorStore] = {}
+
+    def read(self, row: ParamRow, index: Slices) -> torch.Tensor:
+        """The slice `index` of a row, in the dtype of the checkpoint."""
+        return to_torch(self._array(row)[index].read().result())
+
+    def rows_per_block(self, row: ParamRow) -> int:
+        """Rows in a block: whole chunks of rows, as many as BLOCK_BYTES allows."""
+        array = self._array(row)
+        most = max(BLOCK_BYTES // max(math.prod(row.size[1:]) * array.dtype.numpy_dtype.itemsize, 1), 1)
+        chunk = array.chunk_layout.read_chunk.shape[0] or 1
+        return most if chunk > most else most - most % chunk
+
+    def _array(self, row: ParamRow) -> ts.TensorStore:
+        if row.name not in self._open:
+            self._open[row.name] = open_array(self._item, row.name, self._context)
+        return self._open[row.name]
+
+
+class StepReader:
+    """The weights of a step, read on the host row by row, each checked against the manifest before.
+
+    run: the JSON item of the step.
+    """
+
+    def __init__(self, step_folder: Path, setting: str = "checkpoint", unverified: bool = False):
+        """setting: where the user named the step. unverified: whether a step without a manifest will do.
+
+        Raises ProblemsError for a missing manifest, and for damaged files other than the weights.
+        """
+        self._folder, self._setting = step_folder.absolute(), setting
+        self._manifest = usable_manifest(self._folder, setting, unverified)
+        if self._manifest is not None:
+            items = (f"{RUN}/", f"{PARAMS}/")
+            files = [path for path in self._manifest.files if path.startswith(items)]
+            self._refuse_damaged([path for path in files if not is_chunk(path)])
         self.run = read_run(step_folder)
-        self._reader = ocp.PyTreeCheckpointer()
+        self._source = StepSource(self._folder / PARAMS)
 
     def read(self, row: ParamRow) -> torch.Tensor:
         """One whole unpadded tensor in the format it was saved in; nothing else is read."""
-        item = {row.name: jax.ShapeDtypeStruct(row.size, row.storage_dtype)}
-        as_numpy = {row.name: ocp.RestoreArgs(restore_type=np.ndarray)}
-        restored = self._reader.restore(
-            self._folder / PARAMS, args=ocp.args.PyTreeRestore(item, as_numpy, partial_restore=True)
-        )
-        return to_torch(restored[row.name])
+        return self._checked(row).read(row, tuple(slice(0, n) for n in row.size))
+
+    def read_blocks(self, row: ParamRow) -> Iterator[torch.Tensor]:
+        """A tensor as consecutive blocks of whole rows, of at most BLOCK_BYTES; each file is read once."""
+        source = self._checked(row)
+        rest = tuple(slice(0, n) for n in row.size[1:])
+        step = source.rows_per_block(row)
+        for start in range(0, row.size[0], step):
+            yield source.read(row, (slice(start, min(start + step, row.size[0])), *rest))
+
+    def _checked(self, row: ParamRow) -> StepSource:
+        if self._manifest is not None:
+            folder = f"{PARAMS}/{row.name}/"
+            self._refuse_damaged([path for path in self._manifest.files if path.startswith(folder)])
+        return self._source
+
+    def _refuse_damaged(self, paths: list[str]) -> None:
+        assert self._manifest is not None
+        found = damages(self._folder, self._manifest, paths)
+        if found:
+            raise damaged(self._folder, self._setting, found)
+
+
+def usable_manifest(step_folder: Path, setting: str, unverified: bool) -> Manifest | None:
+    """The manifest of a step whose files are all there; None where there is none and that was allowed."""
+    try:
+        manifest = read_manifest(step_folder)
+    except FileNotFoundError as error:
+        if unverified:
+            return None
+        rule = "must have a digest manifest, or nothing tells whether it is intact"
+        fix = "another step, or --unverified to read it all the same"
+        raise refuse(setting, step_folder, rule, f"no {MANIFEST} in it", fix) from error
+    except ManifestError as error:
+        raise damaged(step_folder, setting, [Damage(MANIFEST, str(error))]) from error
+    found = listing_damages(step_folder, manifest)
+    if found:
+        raise damaged(step_folder, setting, found)
+    return manifest
+
+
+def damaged(step_folder: Path, setting: str, found: list[Damage]) -> ProblemsError:
+    """The refusal of a step with damaged files."""
+    rule, fix = "must hold what was saved", "another step of the run"
+    return refuse(setting, step_folder, rule, describe(found), fix)
+
+
+def describe(found: list[Damage], most: int = 3) -> str:
+    """The damaged files in a few words."""
+    shown = ", ".join(str(damage) for damage in found[:most])
+    return shown if len(found) <= most else f"{shown} and {len(found) - most} more files"

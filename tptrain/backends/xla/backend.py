@@ -14,13 +14,12 @@ import torch_xla.runtime as xr
 from tptrain.backends.base import (
     TORCH_DTYPES,
     Buffer,
-    HostShards,
     Layout,
     StepFunction,
     Tensors,
     TensorSource,
 )
-from tptrain.backends.shards import read_buffer_shards, split_rows, stack_rows
+from tptrain.backends.shards import read_ahead, read_buffer_shards
 from tptrain.backends.xla.capture import CapturedStep, compile_count
 from tptrain.backends.xla.passes import apply_passes
 from tptrain.backends.xla.sharding import DeviceMesh
@@ -42,6 +41,7 @@ class XlaBackend:
         self.plan = plan
         self.works_beside_host = xr.device_type() != "CPU"
         self.mesh = DeviceMesh(plan.mesh, order)
+        self.local_positions = self.mesh.local_positions
         self.layout = Layout.stacked(plan.table, plan.specs, len(plan.facts.layer_period))
 
     def decoder(self) -> Decoder:
@@ -51,12 +51,14 @@ class XlaBackend:
         return decoder
 
     def place(self, source: TensorSource) -> Tensors:
-        return {name: self._place_buffer(buffer, source) for name, buffer in self.layout.buffers.items()}
+        def read(buffer: Buffer) -> dict[int, torch.Tensor]:
+            slices = shard_slices(buffer.rows[0].padded_size, buffer.row_spec, self.mesh.axis_sizes)
+            return read_buffer_shards(buffer, {p: slices[p] for p in self.local_positions}, source)
 
-    def _place_buffer(self, buffer: Buffer, source: TensorSource) -> torch.Tensor:
-        slices = shard_slices(buffer.rows[0].padded_size, buffer.row_spec, self.mesh.axis_sizes)
-        shards = read_buffer_shards(buffer, {p: slices[p] for p in self.mesh.local_positions}, source)
-        return self.mesh.place(shards, buffer.shape, buffer.spec)
+        return {
+            buffer.name: self.mesh.place(shards, buffer.shape, buffer.spec)
+            for buffer, shards in read_ahead(self.layout.buffers.values(), read)
+        }
 
     def zeros(self) -> Tensors:
         return {name: self._zero(b.shape, b.spec, b.dtype) for name, b in self.layout.buffers.items()}
@@ -97,19 +99,8 @@ class XlaBackend:
 
         return CapturedStep(function, state, inputs, mark_state)
 
-    def host_shards(self, tensors: Tensors) -> dict[str, HostShards]:
-        torch_xla.sync(wait=True)
-        rows: dict[str, HostShards] = {}
-        fetched = self.mesh.fetch(list(tensors.values()))
-        for name, shards in zip(tensors, fetched, strict=True):
-            rows |= split_rows(self.layout.buffers[name], shards)
-        return rows
-
-    def restore_shards(self, rows: Mapping[str, HostShards]) -> Tensors:
-        return {
-            name: self.mesh.place(stack_rows(buffer, rows), buffer.shape, buffer.spec)
-            for name, buffer in self.layout.buffers.items()
-        }
+    def fetch_shards(self, tensors: Tensors) -> dict[str, dict[int, torch.Tensor]]:
+        return dict(zip(tensors, self.mesh.fetch(list(tensors.values())), strict=True))
 
     def fetch_scalars(self, outputs: Tensors) -> dict[str, float]:
         # Unlike a look at the shards, this waits for these tensors and not for steps started later.

@@ -1,0 +1,54 @@
+"""The optimizer of a recipe in optax, so that a Flax loop updates a model as a run of tptrain does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tptrain.config import OptimSection
+from tptrain.family import ModelFacts, parameter_table
+
+
+def make_optimizer(
+    optim: OptimSection, rate: optax.ScalarOrSchedule, facts: ModelFacts
+) -> optax.GradientTransformation:
+    """AdamW after clipping by global norm, with weight decay on matrices alone, as in `tptrain.train.step`.
+
+    Unlike there, an update that is not finite is applied.
+
+    rate:  the learning rate, or a function from the number of updates made so far (0 at the first step).
+           `learning_rate` and `accumulation` of `optim` are not read.
+    facts: of the model, whose parameter table says what decays. The tree may be the state of a FlaxDecoder
+           or the flat dict of names.
+    """
+    decays = {row.name: row.decay for row in parameter_table(facts)}
+
+    def decay_mask(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: decays[_name_at(path)], params)
+
+    adamw = optax.adamw(
+        rate, optim.beta1, optim.beta2, optim.eps, weight_decay=optim.weight_decay, mask=decay_mask
+    )
+    return optax.chain(clip_by_global_norm(optim.clip_norm), adamw) if optim.clip_norm else adamw
+
+
+def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+    """Gradients scaled to a norm of at most `limit`.
+
+    With the 1e-6 of torch.nn.utils.clip_grad_norm_, which optax's own clipping lacks: updates would differ
+    from tptrain's by a millionth.
+    """
+
+    def clip(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+        scale = jnp.minimum(limit / (optax.tree.norm(updates) + 1e-6), 1.0)
+        return jax.tree.map(lambda gradient: gradient * scale.astype(gradient.dtype), updates)
+
+    return optax.stateless(clip)
+
+
+def _name_at(path: tuple[Any, ...]) -> str:
+    """The parameter's name from its place in a tree; an NNX variable adds attributes of its own below it."""
+    return ".".join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
