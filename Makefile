@@ -53,7 +53,7 @@ test-vllm: $(BUILT) ## hold an export in a real vLLM against transformers; TPTRA
 	tools/ci/test_vllm.sh
 
 .PHONY: test-compat
-test-compat: $(BUILT) ## read an export with transformers 4
+test-compat: $(BUILT) ## transformers 4 reads an export, the newest JAX a checkpoint
 	tools/ci/test_compat.sh
 
 .PHONY: lint
@@ -70,7 +70,7 @@ bench: $(BUILT) ## time to the first step, and a step beside plain torch
 
 .PHONY: clean
 clean: ## remove the environments, build/ and caches; runs/ stays
-	rm -rf .venv .venv-vllm .venv-transformers4 build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-vllm .venv-transformers4 .venv-jax build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find recipes tests tools tptrain -name __pycache__ -prune -exec rm -rf {} +
 
 $(BUILT): pyproject.toml requirements/constraints.txt

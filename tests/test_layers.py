@@ -20,7 +20,7 @@ PACKAGE = Path(tptrain.__file__).parent
 # A part of the package may import itself and the parts before it.
 LAYERS = (
     *("errors", "topology", "family", "mesh", "config", "report", "models", "data", "weights"),
-    *("jaxside", "backends", "ckpt", "generate", "export", "eval", "train", "cli", "__main__"),
+    *("jaxside", "backends", "ckpt", "generate", "export", "convert", "eval", "train", "cli", "__main__"),
 )
 # Parts that plan a run; a laptop without any framework can import them.
 PLANNING = ("errors", "topology", "family", "mesh", "config", "report")

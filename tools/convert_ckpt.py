@@ -1,89 +1,164 @@
-"""From an Orbax checkpoint to a Hugging Face folder that transformers and vLLM load.
+"""Between Orbax checkpoints and Hugging Face folders, both ways, whatever the size of the model.
 
-    python tools/convert_ckpt.py runs/tiny_gsm8k OUT                              a run: its newest step
-    python tools/convert_ckpt.py runs/tiny_gsm8k/checkpoints/50 OUT --dtype float32
+    python tools/convert_ckpt.py runs/tiny_gsm8k OUT                 a run: its newest step -> a model folder
+    python tools/convert_ckpt.py runs/tiny_gsm8k OUT --from-step best --dtype float32 --verify
+    python tools/convert_ckpt.py path/to/Meta-Llama-3-8B OUT         a model folder -> OUT/checkpoints/0
+    python tools/convert_ckpt.py inspect PATH [--from-step STEP] [--verify] [--json]
+    python tools/convert_ckpt.py diff A B                            steps, runs or model folders
 
-Training exports by itself at its end; this is for another step, another format or other file sizes. OUT must
-not exist; it is written beside, checked, and renamed, so it is complete or absent.
+A model folder is what transformers and vLLM load. OUT/checkpoints/0 is what `model.pretrained` of a recipe,
+`tptrain generate` and JAX read. Weights stream, so memory does not grow with the model; moments of the
+optimizer are not read. OUT is written beside its place, checked and renamed: it is complete or absent, and
+after a kill the same command starts anew. Training exports by itself at its end.
+
+Exit codes: 0; 1 when --verify or inspect finds damage or diff finds differences; 2 for what you can mend.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tptrain.convert import VERIFY_LEVELS, VerificationError
 from tptrain.errors import Problem, TptrainError, raise_if_any, unknown_name
+from tptrain.family.table import DTYPE_BYTES
 
-DTYPES = ("bfloat16", "float32", "float16")
-_OK, _REFUSED = 0, 2
+_OK, _DIFFERENT, _REFUSED = 0, 1, 2
+_FROM_STEP = "of a run: latest (the default), best (by held-out score) or the number of a step"
+_UNVERIFIED = "take also a step without a digest manifest"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Convert one step. Returns the exit code: 0, or 2 for what the user can mend."""
-    args = parse(argv)
+    """The command. Returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    commands = {"inspect": inspect_command, "diff": diff_command}
+    command = commands.get(words[0]) if words else None
     try:
-        shard_gb = check(args)
-        step, out = convert(args, shard_gb)
+        return command(words[1:]) if command else convert_command(words)
     except TptrainError as error:
         print(f"convert_ckpt: {error}", file=sys.stderr)
-        return _REFUSED
-    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-    print(f"{step} -> {out}: {size / 1e6:,.1f} MB of weights in {args.dtype}")
+        return _DIFFERENT if isinstance(error, VerificationError) else _REFUSED
+
+
+def convert_command(words: Sequence[str]) -> int:
+    """Convert SOURCE into OUT. Imports JAX and Orbax, which take seconds, once the options are right."""
+    args = parse(words)
+    shard_gb = check(args)
+    prepare_process()
+    from tptrain.convert.conversion import Options, convert
+
+    assets = args.assets.expanduser() if args.assets else None
+    given = {**vars(args), "out": args.out.expanduser(), "assets": assets, "max_shard_gb": shard_gb}
+    for line in convert(Options(**given)):
+        print(line)
     return _OK
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; values are checked by `check`, which can say more than argparse."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The command line of a conversion; values are checked by `check`, which can say more than argparse."""
+    parser = _parser("convert_ckpt.py", __doc__)
+    parser.add_argument("source", metavar="SOURCE", help="a step, a run, a model folder or a hub id")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
+    parser.add_argument("--from-step", metavar="STEP", help=_FROM_STEP)
+    parser.add_argument(
+        "--dtype",
+        help=f"of the weights in OUT: {', '.join(DTYPE_BYTES)}; default: bfloat16 for a model folder, for a "
+        "checkpoint float32, which training reads",
     )
-    parser.add_argument("checkpoint", type=Path, help="a step, a run (its newest step) or its checkpoints")
-    parser.add_argument("out", type=Path, help="the folder to write")
+    parser.add_argument(
+        "--max-shard-gb", metavar="GB", help="largest safetensors file in GB (1e9 bytes); default: 5"
+    )
     parser.add_argument(
         "--assets", type=Path, help="folder of config and tokenizer; default: the run's own assets"
     )
-    parser.add_argument("--dtype", default="bfloat16", help=f"one of {', '.join(DTYPES)}; default: bfloat16")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT, once the new one is complete")
+    parser.add_argument("--unverified", action="store_true", help=_UNVERIFIED)
     parser.add_argument(
-        "--max-shard-gb", default="5", help="largest safetensors file in GB (1e9 bytes); default: 5"
+        "--verify",
+        metavar="all|digests",
+        help="read OUT back: every tensor against SOURCE (digests), and logits against transformers' (all)",
     )
-    return parser.parse_args(argv)
+    # A bare --verify must not take the next word for its value.
+    return parser.parse_args(["--verify=all" if word == "--verify" else word for word in words])
 
 
-def check(args: argparse.Namespace) -> float:
+def check(args: argparse.Namespace) -> float | None:
     """Raise what is wrong with the options, all at once; returns --max-shard-gb as a number."""
     problems = []
-    if args.dtype not in DTYPES:
-        problems.append(unknown_name("--dtype", args.dtype, "weight format", DTYPES))
-    try:
-        shard_gb = float(args.max_shard_gb)
-    except ValueError:
-        shard_gb = math.nan
-    if not 0 < shard_gb < math.inf:
-        rule, other = "must be a number above 0", "it is the largest file in GB"
-        problems.append(Problem("--max-shard-gb", args.max_shard_gb, rule, other, "5"))
+    if args.dtype is not None and args.dtype not in DTYPE_BYTES:
+        problems.append(unknown_name("--dtype", args.dtype, "weight format", DTYPE_BYTES))
+    if args.verify is not None and args.verify not in VERIFY_LEVELS:
+        problems.append(unknown_name("--verify", args.verify, "level", VERIFY_LEVELS))
+    shard_gb = None
+    if args.max_shard_gb is not None:
+        try:
+            shard_gb = float(args.max_shard_gb)
+        except ValueError:
+            shard_gb = math.nan
+        if not 0 < shard_gb < math.inf:
+            rule, other = "must be a number above 0", "it is the largest file in GB"
+            problems.append(Problem("--max-shard-gb", args.max_shard_gb, rule, other, "5"))
     raise_if_any(problems)
     return shard_gb
 
 
-def convert(args: argparse.Namespace, shard_gb: float) -> tuple[Path, Path]:
-    """Write the folder; returns the step that was read and the folder.
+def inspect_command(words: Sequence[str]) -> int:
+    """Print what a step or a model folder holds. Returns 1 when a step is damaged."""
+    about = "Tensors, sizes, run facts and the state of the digest manifest."
+    parser = _parser("convert_ckpt.py inspect", about)
+    parser.add_argument("path", metavar="PATH", help="a step, a run or a model folder")
+    parser.add_argument("--from-step", metavar="STEP", help=_FROM_STEP)
+    parser.add_argument("--verify", action="store_true", help="compare the digest of every file of a step")
+    parser.add_argument("--json", action="store_true", help="everything as JSON")
+    args = parser.parse_args(words)
+    prepare_process()
+    from tptrain.convert.inspecting import as_json, as_page, inspect_found
+    from tptrain.convert.sources import find_model
 
-    Imports JAX and Orbax, which take seconds, only once the options are known to be right.
-    """
+    contents = inspect_found(find_model(args.path, "PATH", args.from_step), args.verify)
+    print(json.dumps(as_json(contents), indent=1) if args.json else as_page(contents))
+    return _DIFFERENT if contents.manifest is not None and contents.manifest.problems else _OK
+
+
+def diff_command(words: Sequence[str]) -> int:
+    """Print what differs between two models. Returns 1 when anything does."""
+    about = "Names, shapes, dtypes, values, fields of the config and facts of the run that differ."
+    parser = _parser("convert_ckpt.py diff", about)
+    parser.add_argument("a", metavar="A", help="a step, a run (its newest step), a model folder or a hub id")
+    parser.add_argument("b", metavar="B", help="the same")
+    parser.add_argument("--unverified", action="store_true", help=_UNVERIFIED)
+    args = parser.parse_args(words)
+    prepare_process()
+    from tptrain.convert.differences import as_page, compare, compared_bytes
+    from tptrain.convert.progress import ByteProgress
+    from tptrain.convert.sides import open_side
+    from tptrain.convert.sources import find_model
+
+    found = [(find_model(given, setting), setting) for given, setting in ((args.a, "A"), (args.b, "B"))]
+    a, b = (open_side(model, setting, args.unverified) for model, setting in found)
+    with ByteProgress("comparing", compared_bytes(a, b)) as progress:
+        differences = compare(a, b, progress)
+    print("\n".join(f"{setting}: {model.folder}" for model, setting in found))
+    print(as_page(differences))
+    return _DIFFERENT if differences else _OK
+
+
+def _parser(program: str, description: str | None) -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(program, description=description, formatter_class=form, allow_abbrev=False)
+
+
+def prepare_process() -> None:
+    """Keep JAX on the CPU, whatever devices there are, and libraries quiet."""
     from tptrain.backends.make import quiet_libraries
     from tptrain.jaxside.process import setup_jax
 
     quiet_libraries()
     setup_jax(1)
-    from tptrain.ckpt.reading import find_step
-    from tptrain.export import export_step
-
-    step = find_step(args.checkpoint.expanduser(), "CHECKPOINT")
-    assets = args.assets.expanduser() if args.assets else None
-    return step, export_step(step, args.out.expanduser(), assets, args.dtype, shard_gb, setting="OUT")
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ Planning imports no framework; `train` and `generate` import theirs when they ar
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
 from tptrain import __version__
 from tptrain.config.checkpoint_config import config_is_on_the_hub_only
 from tptrain.config.help import render_help
-from tptrain.config.overrides import apply_overrides
+from tptrain.config.overrides import apply_overrides, spelled_out
 from tptrain.config.plan import Plan
 from tptrain.config.planning import plan_recipe
 from tptrain.config.recipe_file import load_recipe
@@ -25,11 +26,14 @@ usage: tptrain COMMAND ...
 
   tptrain plan RECIPE [setting=value ...] [--json]   what would run: numbers, parameter table, problems
   tptrain train RECIPE [setting=value ...]           train, and export a Hugging Face folder
+      --resume auto|never|STEP                       go on with the run in output_dir (resume=...)
+      --unverified                                   also from a checkpoint without digests (unverified=true)
   tptrain generate RUN_OR_FOLDER PROMPT [...]        answer a prompt with a trained or exported model
   tptrain train RECIPE --help                        every setting, this recipe's value, its meaning
   tptrain --version
 
 RECIPE is a recipe script such as recipes/tiny_gsm8k.py, or its name when it lies in ./recipes.
+train exits with 75 when SIGTERM ended it with its state saved: the same command with --resume auto goes on.
 """
 
 _OK, _REFUSED = 0, 2
@@ -37,19 +41,21 @@ _HELP = ("--help", "-h", "help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The console command. Returns the exit code: 0, or 2 for what the user can mend."""
+    """The console command. Returns the exit code: 0, 2 for what the user can mend, 75 for a run to resume."""
     args = list(sys.argv[1:] if argv is None else argv)
     return _told(lambda: _dispatch(args))
 
 
 def run_recipe(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
-    """What a recipe script does when it is run: help, overrides, then training. Exits with 2 on problems.
+    """What a recipe script does when it is run: help, overrides, then training.
+
+    Exits with 2 on problems, and with 75 when SIGTERM ended the run with its state saved.
 
     if __name__ == "__main__":
         run_recipe(RECIPE)
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    code = _told(lambda: _train(recipe, args, f"python {sys.argv[0]}"))
+    code = _told(lambda: _train(recipe, spelled_out(args), f"python {sys.argv[0]}"))
     if code:
         sys.exit(code)
 
@@ -118,6 +124,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 def _recipe_and_overrides(command: str, args: list[str]) -> tuple[Recipe, list[str]]:
     """The recipe named by the first argument that is neither an override nor an option, and the rest."""
+    args = spelled_out(args)
     named = [i for i, arg in enumerate(args) if "=" not in arg and not arg.startswith("-")]
     if not named:
         fix = f"tptrain {command} recipes/tiny_gsm8k.py"
@@ -132,9 +139,18 @@ def _train(recipe: Recipe, overrides: list[str], program: str) -> int:
     asked = apply_overrides(recipe, overrides)
     if not config_is_on_the_hub_only(asked):
         plan_recipe(asked)  # a recipe that cannot be planned is refused before any framework is loaded
-    from tptrain.train.run import train_recipe
+    from tptrain.train.preemption import Preempted, Preemption
 
-    train_recipe(asked)
+    try:
+        # Watched from here on, because importing the frameworks takes seconds.
+        with Preemption() as preemption:
+            from tptrain.train.run import train_recipe
+
+            train_recipe(asked, preemption=preemption)
+    except Preempted as preempted:
+        # Ending the interpreter takes seconds, too; a saved run is not to be reported as a killed one.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return preempted.exit_code
     return _OK
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.ckpt.conftest import Run
-from tests.ckpt.damage import DAMAGES, WEIGHTS, flip
+from tools.bench.damages import DAMAGES, WEIGHTS, flip
 from tptrain.ckpt.digests import MANIFEST
 from tptrain.ckpt.reading import StepReader
 from tptrain.ckpt.restoring import restore_part

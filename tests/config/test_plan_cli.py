@@ -207,7 +207,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
     """The recipes that training was asked for, with training itself left out."""
     recipes: list[Recipe] = []
     module: Any = types.ModuleType("tptrain.train.run")
-    module.train_recipe = recipes.append
+    module.train_recipe = lambda recipe, preemption: recipes.append(recipe)
     monkeypatch.setitem(sys.modules, "tptrain.train.run", module)
     return recipes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -142,7 +143,8 @@ def run_reader(code: str, saved: Saved, folder: Path, cwd: Path, *arguments: str
     arrays = {f"{part}/{name}": t.numpy() for part, tensors in parts for name, t in tensors.items()}
     np.savez(folder / "expected.npz", **arrays)
     command = [sys.executable, "-c", code, *arguments, str(folder / "expected.npz")]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout.split()
 
@@ -308,7 +310,7 @@ def test_a_bfloat16_row_survives_jax_bit_for_bit(size: tuple[int, int]) -> None:
 
 
 def test_the_readmes_snippet_reads_the_weights_in_plain_jax(saved: Saved, tmp_path: Path) -> None:
-    """As printed in README.md, in a process with one device and without tptrain or torch."""
+    """As printed in README.md, in a process with two devices and without tptrain or torch."""
     readme = (Path(small.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     (snippet,) = [part.split("```")[0] for part in readme.split("```python\n")[1:] if "orbax" in part]
     there = "/path/to/runs/tiny_gsm8k/checkpoints/100/params"
@@ -317,7 +319,8 @@ def test_the_readmes_snippet_reads_the_weights_in_plain_jax(saved: Saved, tmp_pa
         "import sys\n"
         "import numpy as np\n"
         "assert not {'torch', 'tptrain'} & set(sys.modules)\n"
-        "assert jax.device_count() == 1\n"
+        "assert jax.device_count() == len(params['model.norm.weight'].sharding.device_set) == 2\n"
+        "assert not params['lm_head.weight'].sharding.is_fully_replicated\n"
         "expected = np.load(sys.argv[1])\n"
         "assert all(np.array_equal(params[n], expected[f'params/{n}']) for n in params)\n"
         "print(len(params))\n"

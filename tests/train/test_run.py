@@ -10,15 +10,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.small_run import small_recipe
-from tptrain.ckpt.reading import StepReader, find_step
+from tptrain.ckpt.reading import StepReader
+from tptrain.ckpt.steps import find_step
 from tptrain.config import (
     DataSection,
     EvalSection,
     ExportSection,
     ModelSection,
     OptimSection,
-    Recipe,
     SaveSection,
     ScheduleSection,
 )
@@ -29,22 +28,6 @@ from tptrain.family import stored_rows
 from tptrain.train.journal import read_journal
 from tptrain.train.loop import NonFiniteError
 from tptrain.train.run import train
-
-
-@pytest.fixture
-def recipe(pretrained, records, tmp_path):
-    def make(**top) -> Recipe:
-        settings = {
-            "topology": "cpu-1",
-            "backend": "torch",
-            "data": DataSection(path=str(records), preset="gsm8k", seq_len=112, batch_rows=4, max_records=38),
-            "schedule": ScheduleSection(max_steps=4),
-            "save": SaveSection(every_steps=2),
-            "output_dir": str(tmp_path / "run"),
-        }
-        return small_recipe(pretrained, records, **{**settings, **top})
-
-    return make
 
 
 def test_a_run_leaves_journal_checkpoints_assets_and_export(recipe, tmp_path):
@@ -66,26 +49,6 @@ def test_every_step_changes_every_parameter(recipe):
     early, late = StepReader(result.checkpoint.parent / "2"), StepReader(result.checkpoint)
     for row in stored_rows(plan_recipe(recipe(output_dir="elsewhere")).table):
         assert not torch.equal(early.read(row), late.read(row)), row.name
-
-
-def test_resume_is_bit_equal_and_cuts_the_journal(recipe, tmp_path):
-    result = train(plan_recipe(recipe()))
-    again = tmp_path / "again"
-    shutil.copytree(tmp_path / "run", again)
-    shutil.rmtree(again / "checkpoints" / "4")
-    shutil.rmtree(again / "export")
-    resumed = train(plan_recipe(recipe(output_dir=str(again), resume="auto")))
-    keys = ("step", "loss", "grad_norm", "learning_rate", "cursor")
-    first, second = (
-        [[getattr(record, key) for key in keys] for record in read_journal(run / "journal.jsonl")]
-        for run in (tmp_path / "run", again)
-    )
-    assert first == second
-    straight, continued = (
-        load_file(result.export_dir / "model.safetensors"),
-        load_file(resumed.export_dir / "model.safetensors"),
-    )
-    assert all(torch.equal(straight[name], continued[name]) for name in straight)
 
 
 def test_weights_of_a_step_start_another_run(recipe, tmp_path):
@@ -275,48 +238,6 @@ def test_generate_answers_as_transformers_does_from_run_step_and_export(recipe):
     asked = [answer(result.output_dir, question, 7, options) for question in PROMPTS]
     formed = [answer(result.export_dir, f"Question: {q}\nAnswer:", 7, options) for q in PROMPTS]
     assert asked == formed != wanted
-
-
-def resumed(recipe, tmp_path, **changed):
-    """What a second run of the same folder, with other settings, is refused for."""
-    train(plan_recipe(recipe(export=ExportSection(enabled=False))))
-    settings = {"resume": "auto", "export": ExportSection(enabled=False), **changed}
-    before = (tmp_path / "run" / "journal.jsonl").read_bytes()
-    with pytest.raises(ProblemsError) as refused:
-        train(plan_recipe(recipe(**settings)))
-    assert (tmp_path / "run" / "journal.jsonl").read_bytes() == before
-    return {problem.setting: problem for problem in refused.value.problems}
-
-
-def test_going_on_with_other_batches_is_refused(recipe, records, tmp_path):
-    data = DataSection(path=str(records), preset="gsm8k", seq_len=112, batch_rows=2, max_records=38, seed=5)
-    longer = ScheduleSection(max_steps=6)
-    problems = resumed(recipe, tmp_path, data=data, schedule=longer)
-    assert set(problems) == {"data.batch_rows", "data.seed"}
-    assert "saved with 4" in problems["data.batch_rows"].other
-
-
-def test_going_on_beyond_the_end_is_refused(recipe, tmp_path):
-    problems = resumed(recipe, tmp_path, schedule=ScheduleSection(max_steps=3))
-    assert "step 4 is saved" in problems["schedule.max_steps"].other
-
-
-def test_going_back_to_an_older_step_is_refused(recipe, tmp_path):
-    assert "newest step 4" in resumed(recipe, tmp_path, resume="2")["resume"].other
-
-
-def test_going_on_from_the_newest_step_by_its_number(recipe, tmp_path):
-    train(plan_recipe(recipe(export=ExportSection(enabled=False))))
-    train(plan_recipe(recipe(resume="4", schedule=ScheduleSection(max_steps=6))))
-    assert [r.step for r in read_journal(tmp_path / "run" / "journal.jsonl")] == [1, 2, 3, 4, 5, 6]
-
-
-def test_assets_of_a_run_that_saved_nothing_are_made_anew(recipe, tmp_path):
-    stale = tmp_path / "run" / "assets"
-    stale.mkdir(parents=True)
-    (stale / "config.json").write_text("{}")
-    train(plan_recipe(recipe(resume="auto")))
-    assert json.loads((stale / "config.json").read_text())["model_type"] == "llama"
 
 
 def test_a_warm_up_longer_than_the_records_allow_is_refused(recipe, tmp_path):

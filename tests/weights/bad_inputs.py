@@ -1,121 +1,28 @@
-"""Bad inputs of the weights package: what triggers each, and what its error must say in all five parts."""
+"""Bad inputs of other kinds: names of folders, what travels with a run, and places to export to."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from tests.weights.small_llama import (
-    read_config,
-    rewrite,
-    saved_model,
-    saved_table,
-    saved_tensors,
-    small_tokenizer,
-)
+from tests.weights.bad_input import WEIGHTS, BadInput
+from tests.weights.small_llama import read_config, saved_model, saved_table, small_tokenizer
 from tptrain.errors import raise_if_any
 from tptrain.family import ParamRow
 from tptrain.weights import (
     SafetensorsSource,
+    blocks_of,
     check_export_target,
     collect_assets,
     export_folder,
     local_folder,
 )
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-SHARDED = "20KB"
-
-
-@dataclass(frozen=True)
-class BadInput:
-    """One row: `trigger(tmp_path)` raises a ProblemsError with one problem of this setting.
-
-    value: the end of the value that is shown. rule, other, fix: what these parts contain.
-    """
-
-    name: str
-    trigger: Callable[[Path], object]
-    setting: str
-    value: str
-    rule: str
-    other: str
-    fix: str
-
-
-def load(folder: Path) -> SafetensorsSource:
-    return SafetensorsSource(folder, saved_table(folder))
-
-
-def broken(
-    change: Callable[[Path], object], tied: bool = False, shards: str = "1GB"
-) -> Callable[[Path], object]:
-    """Save a checkpoint to `in`, break it, and load it."""
-
-    def trigger(tmp_path: Path) -> object:
-        folder = tmp_path / "in"
-        saved_model(folder, tied, max_shard_size=shards)
-        change(folder)
-        return load(folder)
-
-    return trigger
-
-
-def with_tensors(**tensors: torch.Tensor | None) -> Callable[[Path], object]:
-    return lambda folder: rewrite(
-        folder, {name.replace("__", "."): tensor for name, tensor in tensors.items()}
-    )
-
-
-def edit_index(edit: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
-    def change(folder: Path) -> None:
-        index = json.loads((folder / INDEX).read_text())
-        edit(index["weight_map"])
-        (folder / INDEX).write_text(json.dumps(index))
-
-    return change
-
-
-def point_norm_at(file: object) -> Callable[[Path], object]:
-    return edit_index(lambda names: names.update({"model.norm.weight": file}))
-
-
-def cut(folder: Path) -> None:
-    data = (folder / SINGLE).read_bytes()
-    (folder / SINGLE).write_bytes(data[:-5])
-
-
-def second_shard(folder: Path) -> Path:
-    return sorted(folder.glob("model-*.safetensors"))[1]
-
-
-def add_unnamed_tensor(folder: Path) -> None:
-    path = second_shard(folder)
-    kept = saved_tensors(folder)
-    names = [
-        name
-        for name, file in json.loads((folder / INDEX).read_text())["weight_map"].items()
-        if file == path.name
-    ]
-    save_file({**{name: kept[name] for name in names}, "stray.weight": torch.ones(2)}, path)
-
-
-def only_pytorch_bin(folder: Path) -> None:
-    (folder / SINGLE).rename(folder / "pytorch_model.bin")
-
-
-def shard_is_a_folder(folder: Path) -> None:
-    path = second_shard(folder)
-    path.unlink()
-    path.mkdir()
+TARGET = "export.path"
 
 
 def export_to(
@@ -125,7 +32,7 @@ def export_to(
         saved_model(tmp_path / "in")
         (tmp_path / "taken").mkdir()
         (tmp_path / "file").write_text("")
-        reader = read or (lambda row: torch.ones(row.size))
+        reader = blocks_of(read or (lambda row: torch.ones(row.size)))
         table = saved_table(tmp_path / "in")
         return export_folder(tmp_path / out, table, read_config(tmp_path / "in"), reader, dtype=dtype)
 
@@ -166,10 +73,10 @@ def assets_with(change: Callable[[Path], object]) -> Callable[[Path], object]:
     def trigger(tmp_path: Path) -> object:
         folder = tmp_path / "in"
         saved_model(folder)
-        tokenizer = small_tokenizer()
+        tokenizer, config = small_tokenizer(), read_config(folder)
         tokenizer.save_pretrained(folder)
         change(folder)
-        return collect_assets(tmp_path / "assets", read_config(folder), tokenizer, folder, folder)
+        return collect_assets(tmp_path / "assets", config, tokenizer, folder, folder)
 
     return trigger
 
@@ -183,11 +90,17 @@ def assets_without_tokenizer(tmp_path: Path) -> None:
     saved_model(tmp_path / "in")
     (tmp_path / "assets").mkdir()
     table, config = saved_table(tmp_path / "in"), read_config(tmp_path / "in")
-    export_folder(tmp_path / "out", table, config, lambda row: torch.ones(row.size), tmp_path / "assets")
+    reader = blocks_of(lambda row: torch.ones(row.size))
+    export_folder(tmp_path / "out", table, config, reader, tmp_path / "assets")
 
 
-WEIGHTS = "model.pretrained"
-TARGET = "export.path"
+def with_auto_map(file: str, auto_map: object) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        content = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**content, "auto_map": auto_map}))
+
+    return assets_with(change)
+
 
 BAD_INPUTS = [
     BadInput(
@@ -211,114 +124,6 @@ BAD_INPUTS = [
         WEIGHTS, "some/llama", "hub id that can be downloaded", "LocalEntryNotFoundError", "a local folder",
     ),
     BadInput(
-        "weights in another format",
-        broken(only_pytorch_bin),
-        WEIGHTS, "in", f"must hold {SINGLE} or {INDEX}", "pytorch_model.bin", "save_pretrained",
-    ),
-    BadInput(
-        "single file beside an index",
-        broken(lambda folder: (folder / SINGLE).write_bytes(b""), shards=SHARDED),
-        WEIGHTS, "in", "not both", f"transformers would load {SINGLE}", "out of date",
-    ),
-    BadInput(
-        "truncated file",
-        broken(cut),
-        WEIGHTS, SINGLE, "complete safetensors file", "not fully covered", "intact",
-    ),
-    BadInput(
-        "empty file",
-        broken(lambda folder: (folder / SINGLE).write_bytes(b"")),
-        WEIGHTS, SINGLE, "complete safetensors file", "header too small", "intact",
-    ),
-    BadInput(
-        "header of nonsense",
-        broken(lambda folder: (folder / SINGLE).write_bytes(b"\x09" + bytes(7) + b"{\"a\": 1}}")),
-        WEIGHTS, SINGLE, "complete safetensors file", "header", "intact",
-    ),
-    BadInput(
-        "shard that is missing",
-        broken(lambda folder: second_shard(folder).unlink(), shards=SHARDED),
-        WEIGHTS, ".safetensors", "must exist", f"{INDEX} names it", "complete checkpoint",
-    ),
-    BadInput(
-        "shard that is a folder",
-        broken(shard_is_a_folder, shards=SHARDED),
-        WEIGHTS, ".safetensors", "complete safetensors file", "it is a folder", "intact",
-    ),
-    BadInput(
-        "index that is not JSON",
-        broken(lambda folder: (folder / INDEX).write_text("{"), shards=SHARDED),
-        WEIGHTS, INDEX, "must be a JSON file", "line 1", "as save_pretrained wrote it",
-    ),
-    BadInput(
-        "index without a map",
-        broken(lambda folder: (folder / INDEX).write_text("[]"), shards=SHARDED),
-        WEIGHTS, INDEX, "must map tensor names to files", "no weight_map", "as save_pretrained wrote it",
-    ),
-    BadInput(
-        "index with a number for a file",
-        broken(point_norm_at(3), shards=SHARDED),
-        WEIGHTS, INDEX, "tensor names to file names", "model.norm.weight: 3", "as save_pretrained wrote it",
-    ),
-    BadInput(
-        "index that leaves the folder",
-        broken(point_norm_at("../x.safetensors"), shards=SHARDED),
-        WEIGHTS, INDEX, "inside its own folder", "../x.safetensors", "as save_pretrained wrote it",
-    ),
-    BadInput(
-        "index that leaves the folder half-way",
-        broken(point_norm_at("a\\..\\..\\x"), shards=SHARDED),
-        WEIGHTS, INDEX, "inside its own folder", "a\\..\\..\\x", "as save_pretrained wrote it",
-    ),
-    BadInput(
-        "index with an absolute path",
-        broken(point_norm_at("/etc/passwd"), shards=SHARDED),
-        WEIGHTS, INDEX, "inside its own folder", "/etc/passwd", "as save_pretrained wrote it",
-    ),
-    BadInput(
-        "index that names an absent tensor",
-        broken(edit_index(lambda names: names.update({"a.b": names["model.norm.weight"]})), shards=SHARDED),
-        WEIGHTS, INDEX, "must name tensors that its files hold", "1 absent: a.b in model-", "as it was saved",
-    ),
-    BadInput(
-        "shard with a tensor that the index does not name",
-        broken(add_unnamed_tensor, shards=SHARDED),
-        WEIGHTS, INDEX, "must name every tensor of its files", "1 unnamed: stray.weight in model-",
-        "as it was saved",
-    ),
-    BadInput(
-        "missing tensor",
-        broken(with_tensors(model__norm__weight=None)),
-        WEIGHTS, "in", "every tensor of the model", "1 missing of 30: model.norm.weight", "model.config",
-    ),
-    BadInput(
-        "extra tensor",
-        broken(with_tensors(score__weight=torch.ones(2))),
-        WEIGHTS, "in", "no tensor that the model lacks", "1 extra: score.weight", "model.config",
-    ),
-    BadInput(
-        "misshapen tensor",
-        broken(with_tensors(model__norm__weight=torch.ones(49))),
-        WEIGHTS, "in", "the model's sizes", "model.norm.weight [49] in the file, [48] in the model",
-        "model.config",
-    ),
-    BadInput(
-        "quantized tensor",
-        broken(with_tensors(model__norm__weight=torch.ones(48, dtype=torch.int8))),
-        WEIGHTS, "in", "floating-point", "model.norm.weight I8", "not quantized",
-    ),
-    BadInput(
-        "8-bit float tensor",
-        broken(with_tensors(model__norm__weight=torch.ones(48).to(torch.float8_e4m3fn))),
-        WEIGHTS, "in", "floating-point", "model.norm.weight F8_E4M3", "not quantized",
-    ),
-    BadInput(
-        "tied tensors that differ",
-        broken(with_tensors(lm_head__weight=torch.ones(131, 48)), tied=True),
-        WEIGHTS, "in", "ties them", "lm_head.weight differs from model.embed_tokens.weight",
-        "tie_word_embeddings=false",
-    ),
-    BadInput(
         "generation_config.json that is not JSON",
         assets_with(lambda folder: (folder / "generation_config.json").write_text("{")),
         WEIGHTS, "generation_config.json", "must be a JSON file", "line 1", "intact",
@@ -332,6 +137,22 @@ BAD_INPUTS = [
         "folder without a tokenizer",
         assets_with(no_tokenizer),
         "model.tokenizer", "in", "must hold a tokenizer", "no tokenizer files", "tokenizer.json",
+    ),
+    BadInput(
+        "tokenizer with code of its own",
+        with_auto_map("tokenizer_config.json", {"AutoTokenizer": ["evil.Slow", "evil.Fast"]}),
+        "model.tokenizer", "tokenizer_config.json", "code of its own", "for AutoTokenizer", "tokenizer.json",
+    ),
+    BadInput(
+        "tokenizer with code of its own, spelled as older versions did",
+        with_auto_map("tokenizer_config.json", ["evil.Slow", None]),
+        "model.tokenizer", "tokenizer_config.json", "code of its own", "for AutoTokenizer", "tokenizer.json",
+    ),
+    BadInput(
+        "config with code of its own",
+        with_auto_map("config.json", {"AutoConfig": "evil.Config", "AutoTokenizer": ["evil.Slow", None]}),
+        "model.tokenizer", "config.json", "code of its own", "for AutoTokenizer and AutoConfig",
+        "transformers knows",
     ),
     BadInput(
         "assets without a tokenizer",

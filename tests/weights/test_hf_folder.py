@@ -1,23 +1,18 @@
-"""Exported folders: transformers loads them bit for bit; they are complete or absent."""
+"""Exported folders: transformers loads them bit for bit, in the dtype and the shards that were asked for."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
-import resource
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.weights.exporting import export, reader
 from tests.weights.small_llama import (
     LLAMA3_ROPE,
     read_config,
@@ -27,26 +22,9 @@ from tests.weights.small_llama import (
     saved_tensors,
     small_tokenizer,
 )
-from tptrain.errors import ProblemsError
 from tptrain.family import ParamRow, stored_rows
-from tptrain.weights import (
-    SafetensorsSource,
-    check_export_target,
-    collect_assets,
-    export_bytes,
-    export_folder,
-)
+from tptrain.weights import check_export_target, collect_assets, export_bytes
 from tptrain.weights.hf_folder import plan_shards
-
-
-def reader(folder: Path) -> Callable[[ParamRow], torch.Tensor]:
-    source = SafetensorsSource(folder, saved_table(folder))
-    return lambda row: source.read(row, tuple(slice(None) for _ in row.size))
-
-
-def export(source: Path, out: Path, **options: Any) -> Path:
-    return export_folder(out, saved_table(source), read_config(source), reader(source), **options)
-
 
 LINEAR_ROPE = {"rope_type": "linear", "factor": 2.0, "rope_theta": 9e3}
 
@@ -135,19 +113,12 @@ def test_shards_are_packed_in_order_and_within_the_limit(tmp_path: Path) -> None
     assert all(len(shard.rows) == 1 for shard in plan_shards(table, "float32", 100))
 
 
-def test_one_files_tensors_are_held_at_a_time(tmp_path: Path) -> None:
-    """A file is on disk before the first tensor of the next one is read."""
+def test_progress_adds_up_to_the_weights(tmp_path: Path) -> None:
     saved_model(tmp_path / "in")
-    table, read = saved_table(tmp_path / "in"), reader(tmp_path / "in")
-    shards = plan_shards(table, "bfloat16", 20_000)
-    file_of = {row.name: number for number, shard in enumerate(shards) for row in shard.rows}
-
-    def counting(row: ParamRow) -> torch.Tensor:
-        partial = next(tmp_path.glob("out.partial-*"))
-        assert len(list(partial.glob("*.safetensors"))) == file_of[row.name]
-        return read(row)
-
-    export_folder(tmp_path / "out", table, read_config(tmp_path / "in"), counting, max_shard_bytes=20_000)
+    written: list[int] = []
+    export(tmp_path / "in", tmp_path / "out", progress=written.append, max_shard_bytes=20_000)
+    assert len(written) > 30 and min(written) > 0
+    assert sum(written) == export_bytes(saved_table(tmp_path / "in"), "bfloat16")
 
 
 def test_views_of_one_buffer_can_be_exported(tmp_path: Path) -> None:
@@ -159,123 +130,9 @@ def test_views_of_one_buffer_can_be_exported(tmp_path: Path) -> None:
         stacked = torch.stack([read(row), read(row)], dim=-1)
         return stacked[..., 1].requires_grad_()
 
-    out = tmp_path / "out"
-    export_folder(out, saved_table(tmp_path / "in"), read_config(tmp_path / "in"), views, dtype="float32")
+    out = export(tmp_path / "in", tmp_path / "out", views, dtype="float32")
     before, after = saved_tensors(tmp_path / "in"), saved_tensors(out)
     assert all(same_bits(after[name], tensor) for name, tensor in before.items())
-
-
-class Interrupt(BaseException):
-    """Stands for KeyboardInterrupt, which pytest takes for itself."""
-
-
-@pytest.mark.parametrize("error", [RuntimeError("boom"), OSError("boom"), Interrupt("boom")])
-def test_a_failure_half_way_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
-    saved_model(tmp_path / "in")
-    read, calls = reader(tmp_path / "in"), iter(range(100))
-
-    def failing(row: ParamRow) -> torch.Tensor:
-        if next(calls) == 2:
-            raise error
-        return read(row)
-
-    arguments = (saved_table(tmp_path / "in"), read_config(tmp_path / "in"), failing)
-    with pytest.raises(type(error), match="boom"):
-        export_folder(tmp_path / "out", *arguments, max_shard_bytes=100)
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Limits how large a file this process may write, as a full disk would.
-
-    No longer than needed: the limit is also that of the file pytest may be printing to.
-    """
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    assert signal.getsignal(signal.SIGXFSZ) == signal.SIG_IGN
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_write_that_fails_is_a_problem_and_leaves_nothing(tmp_path: Path) -> None:
-    saved_model(tmp_path / "in")
-    read, table, config = reader(tmp_path / "in"), saved_table(tmp_path / "in"), read_config(tmp_path / "in")
-    with pytest.raises(ProblemsError) as caught, largest_file(20_000):
-        export_folder(tmp_path / "out", table, config, read)
-    problem = caught.value.problems[0]
-    assert (problem.setting, problem.value) == ("export.path", tmp_path / "out")
-    assert problem.rule == "must be writable to the end" and "File too large" in problem.other
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
-
-
-@pytest.mark.parametrize(
-    ("content", "rule"),
-    [
-        (b"", "must be writable to the end"),
-        (save({"other": torch.ones(2)}, {"format": "pt"}), "must read back as it was written"),
-        (save({"model.embed_tokens.weight": torch.ones(2)}), "must read back as it was written"),
-    ],
-)
-def test_what_was_written_is_read_back_before_it_is_published(
-    tmp_path: Path, content: bytes, rule: str
-) -> None:
-    """A faulty disk is imitated by changing the first file before the last is written."""
-    saved_model(tmp_path / "in")
-    read = reader(tmp_path / "in")
-
-    def spoiling(row: ParamRow) -> torch.Tensor:
-        if row.name == "lm_head.weight":
-            partial = next(tmp_path.glob("out.partial-*"))
-            min(partial.glob("*.safetensors")).write_bytes(content)
-        return read(row)
-
-    arguments = (saved_table(tmp_path / "in"), read_config(tmp_path / "in"), spoiling)
-    with pytest.raises(ProblemsError, match=rule):
-        export_folder(tmp_path / "out", *arguments, max_shard_bytes=100)
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
-
-
-def test_nothing_is_read_before_the_target_is_checked(tmp_path: Path) -> None:
-    saved_model(tmp_path / "in")
-    (tmp_path / "out").mkdir()
-
-    def never(row: ParamRow) -> torch.Tensor:
-        raise AssertionError(f"{row.name} was read")
-
-    with pytest.raises(ProblemsError, match=r"must not exist yet"):
-        export_folder(tmp_path / "out", saved_table(tmp_path / "in"), read_config(tmp_path / "in"), never)
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_a_folder_made_meanwhile_is_not_replaced(tmp_path: Path) -> None:
-    saved_model(tmp_path / "in")
-    read = reader(tmp_path / "in")
-
-    def racing(row: ParamRow) -> torch.Tensor:
-        (tmp_path / "out").mkdir(exist_ok=True)
-        return read(row)
-
-    with pytest.raises(ProblemsError, match=r"must not exist yet"):
-        export_folder(tmp_path / "out", saved_table(tmp_path / "in"), read_config(tmp_path / "in"), racing)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_the_partial_folder_of_a_killed_run_is_neither_used_nor_in_the_way(tmp_path: Path) -> None:
-    saved_model(tmp_path / "in")
-    stale = tmp_path / f"out.partial-{os.getpid()}"
-    stale.mkdir()
-    (stale / "model.safetensors").write_bytes(b"half")
-    out = export(tmp_path / "in", tmp_path / "out")
-    assert (stale / "model.safetensors").read_bytes() == b"half"
-    assert sorted(path.name for path in out.iterdir()) == [
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-    ]
 
 
 def test_parents_are_made_and_permissions_are_the_users(tmp_path: Path) -> None:

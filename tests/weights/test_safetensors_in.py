@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from tests.weights.small_llama import rewrite, same_bits, saved_model, saved_tab
 from tptrain.errors import ProblemsError
 from tptrain.family import ParamRow, stored_rows
 from tptrain.weights import SafetensorsSource
+from tptrain.weights.safetensors_files import open_checkpoint
 
 SHARDED = "20KB"
 
@@ -128,39 +129,46 @@ def test_an_index_of_the_single_file_is_no_contradiction(tmp_path: Path) -> None
     SafetensorsSource(tmp_path, saved_table(tmp_path))
 
 
-def anonymous_bytes() -> int:
-    """Private memory of this process that is not backed by a file."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("max_bytes", [1, 999, 10**9])
+def test_blocks_are_the_tensor_cut_between_rows(tmp_path: Path, dtype: str, max_bytes: int) -> None:
+    saved_model(tmp_path, dtype=dtype)
+    expected = saved_tensors(tmp_path)
+    source = SafetensorsSource(tmp_path, saved_table(tmp_path))
+    for row in stored_rows(saved_table(tmp_path)):
+        blocks = list(source.read_blocks(row, max_bytes))
+        assert same_bits(torch.cat(blocks), expected[row.name])
+        row_bytes = expected[row.name][:1].nbytes
+        assert all(block.nbytes <= max(max_bytes, row_bytes) for block in blocks)
+        assert all(block.nbytes + row_bytes > max_bytes for block in blocks[:-1])
+        assert all(block.untyped_storage().nbytes() == block.nbytes for block in blocks)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-def test_a_slice_of_a_large_tensor_does_not_load_the_rest(tmp_path: Path) -> None:
-    size, mib = (64 * 1024, 256), 2**20  # 64 MiB
-    save_file({"big": torch.ones(size)}, tmp_path / "model.safetensors")
-    row = ParamRow("big", ("vocab", "embed"), size, size)
-    source = SafetensorsSource(tmp_path, [row])
-    before = anonymous_bytes()
-    kept = [source.read(row, (slice(0, 1000), slice(0, 256))), source.read(row, (slice(None), slice(3, 5)))]
-    assert anonymous_bytes() - before < 12 * mib
-    kept.append(source.read(row, (slice(None), slice(None))))
-    assert anonymous_bytes() - before > 60 * mib  # so the measure does see what is loaded
+def test_blocks_of_tensors_without_rows(tmp_path: Path) -> None:
+    tensors = {"scalar": torch.tensor(2.5), "empty": torch.ones(0, 5), "thin": torch.ones(4, 0)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    for name, stored in open_checkpoint(tmp_path, "weights").items():
+        blocks = list(stored.read_blocks(100))
+        assert stored.num_bytes == tensors[name].nbytes
+        assert same_bits(torch.cat(blocks) if tensors[name].ndim else blocks[0], tensors[name])
 
 
-def test_a_hub_id_is_read_from_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cache links every file out of its snapshot folder, which the check of the index must allow."""
-    from huggingface_hub import constants
+def test_a_file_that_is_cut_short_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(1000, 10)}, tmp_path / "model.safetensors")
+    blocks = open_checkpoint(tmp_path, "weights")["a"].read_blocks(4000)
+    next(blocks)
+    os.truncate(tmp_path / "model.safetensors", 20_000)
+    with pytest.raises(OSError, match="it was changed while it was read"):
+        list(blocks)
 
-    saved_model(tmp_path / "plain", max_shard_size=SHARDED)
-    repo = tmp_path / "hub" / "models--some--llama"
-    snapshot, blobs = repo / "snapshots" / ("0" * 40), repo / "blobs"
-    snapshot.mkdir(parents=True)
-    blobs.mkdir()
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text("0" * 40)
-    for path in (tmp_path / "plain").iterdir():
-        shutil.move(path, blobs / path.name)
-        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert SafetensorsSource("some/llama", saved_table(snapshot)).folder == snapshot
+
+def test_a_whole_number_of_bytes_may_be_spelled_as_a_float(tmp_path: Path) -> None:
+    """As some writers of an index do; without metadata there is nothing to compare."""
+    saved_model(tmp_path, tied=True, max_shard_size=SHARDED)
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    total = index["metadata"]["total_size"]
+    assert total == sum(tensor.nbytes for tensor in saved_tensors(tmp_path).values())
+    for metadata in ({"total_size": float(total)}, {}, None):
+        path.write_text(json.dumps({**index, "metadata": metadata}))
+        SafetensorsSource(tmp_path, saved_table(tmp_path))

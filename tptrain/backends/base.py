@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -117,6 +117,15 @@ class TensorSource(Protocol):
 
     def read(self, row: ParamRow, index: tuple[slice, ...]) -> torch.Tensor:
         """The slice `index` (within `row.size`, unpadded) of a row, as a CPU tensor of any float dtype."""
+        ...
+
+
+@runtime_checkable
+class InPlaceSource(TensorSource, Protocol):
+    """A source that can write where the values are to lie, which saves a copy."""
+
+    def read_into(self, row: ParamRow, index: tuple[slice, ...], out: torch.Tensor) -> None:
+        """Fill `out` with the slice `index` of a row, in the dtype of `out`."""
         ...
 
 

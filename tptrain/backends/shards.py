@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
-from tptrain.backends.base import Backend, Buffer, HostShards, Tensors, TensorSource
+from tptrain.backends.base import Backend, Buffer, HostShards, InPlaceSource, Tensors, TensorSource
 from tptrain.family import ParamRow
 
 Slices = tuple[slice, ...]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 # Slices read at a time: enough to keep a disk busy, few enough to be small beside a buffer.
 _READERS = 4
@@ -22,8 +25,13 @@ def read_row_slice(row: ParamRow, wanted: Slices, source: TensorSource, out: tor
     lengths = [s.stop - s.start for s in inside]
     if list(out.shape) != lengths:
         out.zero_()
-    if all(lengths):
-        out[tuple(slice(0, n) for n in lengths)].copy_(source.read(row, inside))
+    if not all(lengths):
+        return
+    target = out[tuple(slice(0, n) for n in lengths)]
+    if isinstance(source, InPlaceSource):
+        source.read_into(row, inside, target)
+    else:
+        target.copy_(source.read(row, inside))
 
 
 def read_buffer_shards(
@@ -49,14 +57,12 @@ def read_buffer_shards(
     return shards
 
 
-def read_ahead(
-    buffers: Iterable[Buffer], read: Callable[[Buffer], dict[int, torch.Tensor]]
-) -> Iterator[tuple[Buffer, dict[int, torch.Tensor]]]:
-    """Each buffer with its pieces; those of the next one are read while this one is used."""
-    with ThreadPoolExecutor(1) as reader:
-        previous: tuple[Buffer, Future[dict[int, torch.Tensor]]] | None = None
-        for buffer in buffers:
-            upcoming = (buffer, reader.submit(read, buffer))
+def one_ahead(items: Iterable[Item], work: Callable[[Item], Result]) -> Iterator[tuple[Item, Result]]:
+    """Each item with what `work` makes of it; the next one is worked on while this one is used."""
+    with ThreadPoolExecutor(1) as worker:
+        previous: tuple[Item, Future[Result]] | None = None
+        for item in items:
+            upcoming = (item, worker.submit(work, item))
             if previous is not None:
                 yield previous[0], previous[1].result()
             previous = upcoming

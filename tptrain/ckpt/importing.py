@@ -17,6 +17,8 @@ from tptrain.ckpt.publishing import publish
 from tptrain.ckpt.steps import PARAMS, RUN
 from tptrain.family import ParamRow, stored_rows
 
+OnBytes = Callable[[int], None]
+
 
 def write_step(
     step_folder: Path,
@@ -24,36 +26,40 @@ def write_step(
     source: TensorSource,
     run: Mapping[str, Any],
     dtype: str = "float32",
-    progress: Callable[[int], None] = lambda num_bytes: None,
+    progress: OnBytes = lambda num_bytes: None,
+    moments: Mapping[str, TensorSource] | None = None,
 ) -> None:
     """Write a published step with the item `params` read from `source`, and `run`.
 
-    source: read by blocks of rows in table order; a few blocks are in memory at a time.
+    source: read by blocks of whole rows, each row of the table from its first block to its last; a few blocks
+            are in memory at a time.
     progress: told the bytes of each block as it is handed on.
+    moments: item name, such as "mu" -> where its values are read from, in the same way.
     """
-
-    def array(row: ParamRow) -> HostArray:
-        numpy_dtype = to_numpy(torch.empty(0, dtype=TORCH_DTYPES[dtype])).dtype
-        chunks = chunk_shape(row.size, row.size, numpy_dtype.itemsize)
-
-        def pieces() -> Pieces:
-            for start in range(0, row.size[0], chunks[0]):
-                rows = slice(start, min(start + chunks[0], row.size[0]))
-                where = (rows, *(slice(0, n) for n in row.size[1:]))
-                values: np.ndarray = to_numpy(source.read(row, where).to(TORCH_DTYPES[dtype]).contiguous())
-                yield where, values
-                progress(values.nbytes)
-
-        return HostArray(row.size, numpy_dtype, chunks, pieces)
-
-    handler, writer = array_item_handler()
-    items = ocp.CompositeCheckpointHandler(**{PARAMS: handler, RUN: ocp.JsonCheckpointHandler()})
-    arrays = {row.name: array(row) for row in stored_rows(table)}
+    sources = {PARAMS: source, **(moments or {})}
+    made = {item: array_item_handler() for item in sources}
+    handlers = {item: handler for item, (handler, _) in made.items()}
+    items = ocp.CompositeCheckpointHandler(**{RUN: ocp.JsonCheckpointHandler()}, **handlers)
+    arrays = {
+        item: ocp.args.PyTreeSave({row.name: _array(row, of, dtype, progress) for row in stored_rows(table)})
+        for item, of in sources.items()
+    }
     with ocp.Checkpointer(items) as orbax:
-        orbax.save(
-            step_folder.absolute(),
-            args=ocp.args.Composite(
-                **{PARAMS: ocp.args.PyTreeSave(arrays), RUN: ocp.args.JsonSave(dict(run))}
-            ),
-        )
-    publish(step_folder, int(run["step"]), {}, {PARAMS: writer})
+        args = ocp.args.Composite(**{RUN: ocp.args.JsonSave(dict(run))}, **arrays)
+        orbax.save(step_folder.absolute(), args=args)
+    publish(step_folder, int(run["step"]), {}, {item: writer for item, (_, writer) in made.items()})
+
+
+def _array(row: ParamRow, source: TensorSource, dtype: str, progress: OnBytes) -> HostArray:
+    numpy_dtype = to_numpy(torch.empty(0, dtype=TORCH_DTYPES[dtype])).dtype
+    chunks = chunk_shape(row.size, row.size, numpy_dtype.itemsize)
+
+    def pieces() -> Pieces:
+        for start in range(0, row.size[0], chunks[0]):
+            rows = slice(start, min(start + chunks[0], row.size[0]))
+            where = (rows, *(slice(0, n) for n in row.size[1:]))
+            values: np.ndarray = to_numpy(source.read(row, where).to(TORCH_DTYPES[dtype]).contiguous())
+            yield where, values
+            progress(values.nbytes)
+
+    return HostArray(row.size, numpy_dtype, chunks, pieces)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import tensorstore as ts
 import torch
 
 from tptrain.backends.shards import Slices
-from tptrain.ckpt.arrays import BLOCK_BYTES, is_chunk, open_array, to_torch
+from tptrain.ckpt.arrays import BLOCK_BYTES, is_chunk, open_array, to_numpy, to_torch
 from tptrain.ckpt.digests import (
     MANIFEST,
     Damage,
@@ -22,9 +23,21 @@ from tptrain.ckpt.digests import (
     listing_damages,
     read_manifest,
 )
+from tptrain.ckpt.plain_chunks import ChunkDamage, plain_array
 from tptrain.ckpt.steps import PARAMS, RUN
 from tptrain.errors import Problem, ProblemsError, refuse
 from tptrain.family import ParamRow
+from tptrain.family.table import DTYPE_BYTES
+
+
+@contextmanager
+def readable(step_folder: Path, setting: str) -> Iterator[None]:
+    """Turns what Orbax and tensorstore raise for files that they cannot read into a problem of the step."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        raise refuse(setting, step_folder, "must be readable", reason, "an intact step") from error
 
 
 def read_run(step_folder: Path) -> dict[str, Any]:
@@ -41,13 +54,21 @@ def read_tree(item: Path) -> Mapping[str, Any]:
         return tree
 
 
-def check_tree(item: Path, rows: Mapping[str, ParamRow], setting: str) -> list[Problem]:
-    """Every array of an item that is missing, extra, of another shape or dtype; no values are read."""
+def check_tree(
+    item: Path, rows: Mapping[str, ParamRow], setting: str, any_float: bool = False
+) -> list[Problem]:
+    """Every array of an item that is missing, extra, of another shape or dtype; no values are read.
+
+    any_float: any floating-point dtype will do.
+    """
     found = read_tree(item)
     problems = []
     for name in sorted(set(rows) | set(found)):
-        there = f"{list(found[name].shape)} {found[name].dtype}" if name in found else "nothing"
-        wanted = f"{list(rows[name].size)} {rows[name].storage_dtype}" if name in rows else "nothing"
+        stored = str(found[name].dtype) if name in found else ""
+        storage = stored if any_float and stored in DTYPE_BYTES else None
+        there = f"{list(found[name].shape)} {stored}" if name in found else "nothing"
+        row = rows.get(name)
+        wanted = f"{list(row.size)} {storage or row.storage_dtype}" if row is not None else "nothing"
         if there != wanted:
             rule = f"{item.name}/{name} must be {wanted} as in the model's config"
             problems.append(
@@ -67,11 +88,17 @@ class StepSource:
         """The slice `index` of a row, in the dtype of the checkpoint."""
         return to_torch(self._array(row)[index].read().result())
 
+    def read_into(self, row: ParamRow, index: Slices, out: torch.Tensor) -> None:
+        """The slice `index` of a row, written to `out`, cast to its dtype."""
+        target = ts.array(to_numpy(out))
+        stored = self._array(row)[index]
+        target.write(stored if stored.dtype == target.dtype else ts.cast(stored, target.dtype)).result()
+
     def rows_per_block(self, row: ParamRow) -> int:
         """Rows in a block: whole chunks of rows, as many as BLOCK_BYTES allows."""
         array = self._array(row)
         most = max(BLOCK_BYTES // max(math.prod(row.size[1:]) * array.dtype.numpy_dtype.itemsize, 1), 1)
-        chunk = array.chunk_layout.read_chunk.shape[0] or 1
+        chunk = (array.chunk_layout.read_chunk.shape or (1,))[0] or 1
         return most if chunk > most else most - most % chunk
 
     def _array(self, row: ParamRow) -> ts.TensorStore:
@@ -81,40 +108,64 @@ class StepSource:
 
 
 class StepReader:
-    """The weights of a step, read on the host row by row, each checked against the manifest before.
+    """The weights of a step, read on the host row by row, each checked against the manifest.
 
     run: the JSON item of the step.
     """
 
-    def __init__(self, step_folder: Path, setting: str = "checkpoint", unverified: bool = False):
+    def __init__(
+        self, step_folder: Path, setting: str = "checkpoint", unverified: bool = False, item: str = PARAMS
+    ):
         """setting: where the user named the step. unverified: whether a step without a manifest will do.
 
+        item: what is read, the weights or a moment of the optimizer.
         Raises ProblemsError for a missing manifest, and for damaged files other than the weights.
         """
         self._folder, self._setting = step_folder.absolute(), setting
         self._manifest = usable_manifest(self._folder, setting, unverified)
         if self._manifest is not None:
-            items = (f"{RUN}/", f"{PARAMS}/")
+            items = (f"{RUN}/", f"{item}/")
             files = [path for path in self._manifest.files if path.startswith(items)]
             self._refuse_damaged([path for path in files if not is_chunk(path)])
-        self.run = read_run(step_folder)
-        self._source = StepSource(self._folder / PARAMS)
+        with readable(step_folder, setting):
+            self.run = read_run(step_folder)
+        self._item = item
+        self._source = StepSource(self._folder / item)
 
     def read(self, row: ParamRow) -> torch.Tensor:
         """One whole unpadded tensor in the format it was saved in; nothing else is read."""
         return self._checked(row).read(row, tuple(slice(0, n) for n in row.size))
 
     def read_blocks(self, row: ParamRow) -> Iterator[torch.Tensor]:
-        """A tensor as consecutive blocks of whole rows, of at most BLOCK_BYTES; each file is read once."""
+        """A tensor as consecutive private blocks of whole rows; each file is read once.
+
+        The blocks count for nothing until the last one has come: files are checked while they are read, and
+        the ProblemsError for a damaged one comes after its blocks.
+        """
+        array = plain_array(self._folder / self._item, row.name)
+        if array is None:
+            yield from self._read_chunks(row)
+            return
+        try:
+            yield from array.blocks(self._manifest.files if self._manifest is not None else None)
+        except ChunkDamage as error:
+            raise damaged(self._folder, self._setting, error.damages) from error
+
+    def _read_chunks(self, row: ParamRow) -> Iterator[torch.Tensor]:
+        """The same for an array that only tensorstore can read: compressed, or in a layout of Orbax's own."""
         source = self._checked(row)
         rest = tuple(slice(0, n) for n in row.size[1:])
-        step = source.rows_per_block(row)
+        with readable(self._folder, self._setting):
+            step = source.rows_per_block(row)
         for start in range(0, row.size[0], step):
-            yield source.read(row, (slice(start, min(start + step, row.size[0])), *rest))
+            with readable(self._folder, self._setting):
+                block = source.read(row, (slice(start, min(start + step, row.size[0])), *rest))
+            yield block
+            del block
 
     def _checked(self, row: ParamRow) -> StepSource:
         if self._manifest is not None:
-            folder = f"{PARAMS}/{row.name}/"
+            folder = f"{self._item}/{row.name}/"
             self._refuse_damaged([path for path in self._manifest.files if path.startswith(folder)])
         return self._source
 

@@ -112,6 +112,7 @@ class Snapshot:
         """Copy the parts (buffers by name) from the devices. The steps that make them are waited for."""
         self._backend.sync()
         for part, tensors in parts.items():
+            # Not a group ahead in a thread: memory that another thread has freed is not used again.
             for group in _groups(tensors):
                 fetched = self._backend.fetch_shards({name: tensors[name] for name in group})
                 for name in group:

@@ -18,6 +18,7 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 def find_checkpoint_config(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> dict[str, Any] | None:
     """The config.json of `model.pretrained`; None without a checkpoint or for a hub id not downloaded yet.
 
+    A run that goes on needs its pretrained weights no more: where they are gone, the run's own copy will do.
     Raises ProblemsError for a path that is not there, a folder without config.json, an unreadable file.
     """
     source = recipe.model.pretrained
@@ -28,10 +29,18 @@ def find_checkpoint_config(recipe: Recipe, environ: Mapping[str, str] = os.envir
         return read_config(_config_in(folder, source), "model.pretrained", source)
     if folder.exists():
         raise refuse("model.pretrained", source, "must be a folder", "it is a file", _PASSING_FOLDER)
-    if not _HUB_ID.match(source):
+    is_hub_id = _HUB_ID.match(source) is not None
+    found = cached_hub_file(source, "config.json", environ) if is_hub_id else None
+    found = found or _config_of_saved_run(recipe)
+    if found is None and not is_hub_id:
         raise refuse("model.pretrained", source, "must exist", f"no folder {folder}", _PASSING_FOLDER)
-    cached = cached_hub_file(source, "config.json", environ)
-    return None if cached is None else read_config(cached, "model.pretrained", source)
+    return None if found is None else read_config(found, "model.pretrained", source)
+
+
+def _config_of_saved_run(recipe: Recipe) -> Path | None:
+    """The config.json that the run to go on with has kept, or None."""
+    kept = Path(recipe.run_folder).expanduser() / "assets" / "config.json"
+    return kept if recipe.resume != "never" and kept.is_file() else None
 
 
 def config_is_on_the_hub_only(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> bool:

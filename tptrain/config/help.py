@@ -18,7 +18,8 @@ def render_help(recipe: Recipe, program: str) -> str:
         f"usage: {program} [setting=value ...]",
         _wrapped(
             f"Settings of the recipe {recipe.name!r}, as setting=value with this recipe's value. A value of"
-            " none empties a setting that may be empty; -1 and auto are filled in by the plan.",
+            " none empties a setting that may be empty; -1 and auto are filled in by the plan."
+            " --resume auto|never|STEP is resume=..., --unverified is unverified=true.",
             "",
         ),
         "\n".join(["recipe: The run as a whole.", *_section_lines(recipe, "")]),

@@ -12,10 +12,13 @@ from pydantic import TypeAdapter, ValidationError
 from tptrain.config.schema import Recipe
 from tptrain.config.settings import Setting, sections, settings, unknown_setting, value_of
 from tptrain.config.validation import validation_problems
-from tptrain.errors import Problem, raise_if_any
+from tptrain.errors import Problem, raise_if_any, refuse
 
 _NONE_WORDS = ("none", "null")
 _MODEL_FIELD = "model.config."
+
+# Options in the common form, for the settings of a restart loop.
+_VALUE_OPTION, _FLAG_OPTION = "--resume", "--unverified"
 
 # Section -> name -> value; the recipe's own settings are under "".
 _Values = dict[str, dict[str, Any]]
@@ -46,6 +49,30 @@ def apply_overrides(recipe: Recipe, args: Sequence[str]) -> Recipe:
     changed, more = _validated(recipe, values)
     raise_if_any([*problems, *more])
     return changed
+
+
+def spelled_out(args: Sequence[str]) -> list[str]:
+    """The arguments with `--resume auto`, `--resume=auto` and `--unverified` as settings.
+
+    Raises ProblemsError for a `--resume` with nothing behind it.
+
+    >>> spelled_out(["--resume", "auto", "--unverified", "mesh.tensor=2"])
+    ['resume=auto', 'unverified=true', 'mesh.tensor=2']
+    """
+    found: list[str] = []
+    remaining = iter(args)
+    for arg in remaining:
+        if arg == _VALUE_OPTION:
+            value = next(remaining, None)
+            if value is None or value.startswith("-") or "=" in value:
+                other = f"followed by {value}" if value else "it is the last argument"
+                raise refuse(_VALUE_OPTION, "", "needs a value", other, f"{_VALUE_OPTION} auto")
+            found.append(f"resume={value}")
+        elif arg.startswith(f"{_VALUE_OPTION}="):
+            found.append(arg.removeprefix("--"))
+        else:
+            found.append("unverified=true" if arg == _FLAG_OPTION else arg)
+    return found
 
 
 def _validated(recipe: Recipe, values: _Values) -> tuple[Recipe, list[Problem]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from tptrain.config.schema import Recipe
@@ -26,6 +27,7 @@ def recipe_problems(recipe: Recipe) -> list[Problem]:
         *_data_problems(recipe),
         *_schedule_problems(recipe),
         *_precision_problems(recipe),
+        *_keep_best_problems(recipe),
     ]
 
 
@@ -123,6 +125,43 @@ def _precision_problems(recipe: Recipe) -> list[Problem]:
     return problems
 
 
+def _keep_best_problems(recipe: Recipe) -> list[Problem]:
+    """What keep_best needs: scores, and steps that are both scored and saved."""
+    best, evaluation = recipe.save.keep_best, recipe.eval
+    if not best:
+        return []
+    needed = [
+        ("eval.problems", evaluation.problems, "200"),
+        ("eval.every_steps", evaluation.every_steps, "100"),
+    ]
+    missing = [(setting, example) for setting, value, example in needed if not value]
+    if missing:
+        rule = f"needs scores to choose by: {' and '.join(setting for setting, _ in missing)} above 0"
+        other = ", ".join(f"{setting}=0" for setting, _ in missing)
+        fix = "0, or " + " and ".join(f"{setting}={example}" for setting, example in missing)
+        return [Problem("save.keep_best", best, rule, other, fix)]
+    return meeting_problems(recipe, recipe.schedule.max_steps)
+
+
+def meeting_problems(recipe: Recipe, total_steps: int | None) -> list[Problem]:
+    """Scored steps that are never saved ones, which leaves save.keep_best nothing to choose from.
+
+    total_steps: length of the run, None while it is not known.
+    """
+    saves, scores = recipe.save.every_steps, recipe.eval.every_steps
+    if not recipe.save.keep_best:
+        return []
+    rule = "must be met by saves, or save.keep_best has no steps to choose from"
+    if saves == 0:
+        return [Problem("eval.every_steps", scores, rule, "save.every_steps=0", f"save.every_steps={scores}")]
+    first = math.lcm(saves, scores)
+    if total_steps is None or first <= total_steps:
+        return []
+    other = f"save.every_steps={saves}: first step of both {first}, last step {total_steps}"
+    fix = f"{saves}" if saves <= total_steps else f"{max(total_steps // 2, 1)} for both"
+    return [Problem("eval.every_steps", scores, rule, other, fix)]
+
+
 def _is_one_file(path: str | None) -> bool:
     return path is not None and (path.startswith("builtin:") or path.endswith(_FILE_SUFFIXES))
 
@@ -130,7 +169,12 @@ def _is_one_file(path: str | None) -> bool:
 def _idle_settings(recipe: Recipe) -> list[tuple[bool, str, tuple[str, ...]]]:
     """(whether it holds, what holds, the settings that do nothing then)."""
     model, data, export, evaluation = recipe.model, recipe.data, recipe.export, recipe.eval
-    eval_settings = ("eval.path", "eval.split", "eval.max_new_tokens", "eval.batch_rows")
+    eval_settings = (
+        *("eval.every_steps", "eval.path", "eval.split"),
+        *("eval.max_new_tokens", "eval.batch_rows"),
+    )
+    save, max_steps = recipe.save, recipe.schedule.max_steps or math.inf
+    only_by_steps = save.every_seconds == 0
     export_settings = ("export.path", "export.dtype", "export.max_shard_gb")
     constant = recipe.schedule.kind == "constant"
     return [
@@ -139,7 +183,17 @@ def _idle_settings(recipe: Recipe) -> list[tuple[bool, str, tuple[str, ...]]]:
         (_is_one_file(evaluation.path), f"eval.path={evaluation.path}", ("eval.split",)),
         (_is_one_file(data.path), f"data.path={data.path}", ("data.subset", "data.split")),
         (constant, "schedule.kind=constant", ("schedule.final_ratio",)),
-        (recipe.save.every_steps == 0, "save.every_steps=0", ("save.keep_last",)),
+        (
+            only_by_steps and save.every_steps == 0,
+            "save.every_steps=0",
+            ("save.keep_last", "save.keep_every"),
+        ),
+        (
+            only_by_steps and math.lcm(save.every_steps, save.keep_every) > max_steps,
+            f"save.every_steps={save.every_steps} and schedule.max_steps={recipe.schedule.max_steps}",
+            ("save.keep_every",),
+        ),
+        (recipe.resume == "never", "resume=never", ("unverified",)),
         (model.pretrained is not None, f"model.pretrained={model.pretrained}", ("seed",)),
     ]
 

@@ -95,7 +95,6 @@ def finish(parts: Parts) -> Plan:
     assert model and model.facts and model.config
     master = recipe.precision.master
     table = padded_table(parameter_table(model.facts), rules, mesh.shape.axis_sizes, master)
-    output_dir = os.path.join("runs", recipe.name) if recipe.output_dir == "auto" else recipe.output_dir
     return Plan(
         recipe=recipe,
         topology=topology,
@@ -106,13 +105,13 @@ def finish(parts: Parts) -> Plan:
         table=table,
         specs=param_specs(table, rules),
         micro_rows=recipe.data.batch_rows // recipe.optim.accumulation,
-        output_dir=output_dir,
-        export_dir=_export_dir(recipe, output_dir),
+        output_dir=recipe.run_folder,
+        export_dir=_export_dir(recipe),
         notices=(*model.notices, *idle_notices(recipe)),
     )
 
 
-def _export_dir(recipe: Recipe, output_dir: str) -> str | None:
+def _export_dir(recipe: Recipe) -> str | None:
     if not recipe.export.enabled:
         return None
-    return os.path.join(output_dir, "export") if recipe.export.path == "auto" else recipe.export.path
+    return os.path.join(recipe.run_folder, "export") if recipe.export.path == "auto" else recipe.export.path

@@ -7,6 +7,7 @@ imports no framework.
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
@@ -140,9 +141,16 @@ class SaveSection:
     """Checkpoints. One is always written at the end of a run."""
 
     every_steps: int = Field(default=500, ge=0)
-    """Steps between checkpoints; 0: only at the end."""
+    """Steps between checkpoints; 0: none by steps."""
+    every_seconds: float = Field(default=0.0, ge=0)
+    """Seconds between checkpoints, beside every_steps: whichever comes first saves; 0: none by time."""
     keep_last: int = Field(default=2, ge=1)
-    """How many checkpoints to keep."""
+    """How many of the newest checkpoints to keep."""
+    keep_every: int = Field(default=0, ge=0)
+    """Keep every checkpoint of a step that is a multiple of this as well; 0: none for that."""
+    keep_best: int = Field(default=0, ge=0)
+    """Keep so many checkpoints with the highest exact match on the held-out problems as well; 0: none for
+    that. It needs eval.problems and eval.every_steps."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
@@ -161,10 +169,12 @@ class ExportSection:
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class EvalSection:
-    """Greedy answers to held-out problems before and after training, scored by exact match."""
+    """Greedy answers to held-out problems before, during and after training, scored by exact match."""
 
     problems: int = Field(default=0, ge=0)
     """How many held-out problems to answer; 0: no evaluation."""
+    every_steps: int = Field(default=0, ge=0)
+    """Steps between evaluations; 0: only before and after training."""
     path: str | None = None
     """Held-out records, in the same form as data.path; "builtin:word_problems" holds out its own; none: those
     of data.path when it is a builtin."""
@@ -201,7 +211,11 @@ class Recipe:
     output_dir: str = "auto"
     """The run's folder; auto: runs/<name>."""
     resume: str = "never"
-    """never: start anew; auto: go on from the newest checkpoint if there is one; or the number of a step."""
+    """never: start anew; auto: go on from the newest good checkpoint if there is one; or the number of
+    a step, newer ones being set aside."""
+    unverified: bool = False
+    """Also go on from a checkpoint that has no digest manifest; a manifest that does not match is never
+    accepted."""
     seed: int = Field(default=0, ge=0)
     """Seed of random initialisation."""
     model: ModelSection = Field(default_factory=ModelSection)
@@ -215,3 +229,8 @@ class Recipe:
     export: ExportSection = Field(default_factory=ExportSection)
     eval: EvalSection = Field(default_factory=EvalSection)
     log: LogSection = Field(default_factory=LogSection)
+
+    @property
+    def run_folder(self) -> str:
+        """The run's folder, with `auto` filled in."""
+        return os.path.join("runs", self.name) if self.output_dir == "auto" else self.output_dir

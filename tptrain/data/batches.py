@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from tptrain.config.schema import DataSection, ScheduleSection
 from tptrain.data.dataset import TokenizedDataset
@@ -30,6 +31,8 @@ class Batch:
     segment_ids: int32, 1 for a token of a record, 0 for padding.
 
     counted_tokens: targets that count. real_tokens, padded_tokens: inputs that are of a record, or are not.
+    rows_digest:    hexadecimal XXH3-64 over global sample index and token ids of every row that is not empty:
+                    two steps with equal digests have used the same samples in the same order.
     """
 
     tokens: Int32Array
@@ -40,6 +43,7 @@ class Batch:
     counted_tokens: int
     real_tokens: int
     padded_tokens: int
+    rows_digest: str
 
 
 class Batches:
@@ -72,6 +76,7 @@ class Batches:
         weights = np.zeros((rows, seq_len), dtype=np.float32)
         positions = np.zeros((rows, seq_len), dtype=np.int32)
         segment_ids = np.zeros((rows, seq_len), dtype=np.int32)
+        digest = xxhash.xxh3_64()
         for row in range(self._filled_rows(cursor)):
             ids, mask = self.dataset.row(sample_at(cursor + row, len(self.dataset), self.seed))
             length = len(ids)
@@ -81,6 +86,7 @@ class Batches:
             weights[row, : length - 1] = mask[1:]
             positions[row, :length] = np.arange(length)
             segment_ids[row, :length] = 1
+            digest.update((cursor + row).to_bytes(8, "little") + ids.tobytes())
         real = int(segment_ids.sum())
         return Batch(
             tokens=tokens.reshape(self.shape),
@@ -91,7 +97,12 @@ class Batches:
             counted_tokens=int(np.count_nonzero(weights)),
             real_tokens=real,
             padded_tokens=rows * seq_len - real,
+            rows_digest=digest.hexdigest(),
         )
+
+    def after(self, cursor: int) -> int:
+        """The cursor after the batch at `cursor`. Rows left empty at the end of a run are no samples."""
+        return cursor + self._filled_rows(cursor)
 
     def _filled_rows(self, cursor: int) -> int:
         if self.total_samples is None:
@@ -101,7 +112,7 @@ class Batches:
 
 def prefetch(
     batches: Batches, start_cursor: int, num_steps: int, depth: int = 2
-) -> Iterator[tuple[int, Batch]]:
+) -> Generator[tuple[int, Batch], None, None]:
     """(cursor, batch) of `num_steps` steps from `start_cursor` on; a thread makes them `depth` steps ahead.
 
     An error in the thread is raised here, in place of its batch. Closing the iterator ends the thread.
@@ -126,7 +137,7 @@ def _result(waiting: deque[tuple[int, Future[Batch]]]) -> tuple[int, Batch]:
 class RunLength:
     """How long a run is.
 
-    total_steps:   optimizer steps.
+    total_steps:   optimizer steps, with those done.
     total_samples: records used, counted once per pass; None: as many as the steps take.
     """
 
@@ -134,15 +145,20 @@ class RunLength:
     total_samples: int | None
 
 
-def run_length(num_records: int, schedule: ScheduleSection, batch_rows: int) -> RunLength:
+def run_length(
+    num_records: int, schedule: ScheduleSection, batch_rows: int, step: int = 0, cursor: int = 0
+) -> RunLength:
     """The length of a run by epochs or by steps, whichever the schedule gives.
 
     By epochs, the last step is filled up with empty rows, so that each record counts exactly `epochs` times;
     a part of an epoch is rounded up to a whole record. By max_steps, records repeat without end.
+
+    step, cursor: steps done and samples used so far, perhaps in batches of another size.
     """
     assert (schedule.epochs is None) != (schedule.max_steps is None), "exactly one of epochs and max_steps"
     if schedule.max_steps is not None:
         return RunLength(schedule.max_steps, None)
     # The decimal number that was written: as a float, 0.1 epochs of 30 records would be 3.0000000000000004.
     total_samples = math.ceil(Fraction(repr(schedule.epochs)) * num_records)
-    return RunLength(math.ceil(total_samples / batch_rows), total_samples)
+    remaining = max(total_samples - cursor, 0)
+    return RunLength(step + math.ceil(remaining / batch_rows), total_samples)

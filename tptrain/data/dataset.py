@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 from transformers import PreTrainedTokenizerFast
 
 from tptrain.config.schema import DataSection
@@ -45,6 +46,14 @@ class TokenizedDataset:
         assert 0 <= index < len(self), index
         span = slice(self.offsets[index], self.offsets[index + 1])
         return self.ids[span], self.loss_mask[span]
+
+    def digest(self) -> str:
+        """Hexadecimal XXH3-128 of ids, masks and lengths in order: equal for the same samples, whatever file
+        they were read from."""
+        digest = xxhash.xxh3_128()
+        for array in (self.offsets, self.ids, self.loss_mask):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
     @staticmethod
     def of(rows: Sequence[Rendered], pad_id: int) -> TokenizedDataset:

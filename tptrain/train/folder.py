@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from tptrain.ckpt.reading import is_step_folder
+from tptrain.ckpt.steps import saved_steps
 from tptrain.config.plan import Plan
 from tptrain.errors import Problem
-from tptrain.family import ModelFacts, facts_from_config, stored_rows
+from tptrain.family import stored_rows
 from tptrain.family.table import DTYPE_BYTES
-from tptrain.report.plan_page import plan_json
+from tptrain.train.saving import most_kept
 from tptrain.train.state import PARTS
 from tptrain.weights import check_export_target, export_bytes
 from tptrain.weights.staging import nearest_existing
@@ -34,25 +32,23 @@ class RunFolder:
     def assets(self) -> Path:
         return self.root / "assets"
 
-    def steps(self) -> list[int]:
-        """Published checkpoint steps, oldest first."""
-        if not self.checkpoints.is_dir():
-            return []
-        found = [p for p in self.checkpoints.iterdir() if p.name.isdigit() and is_step_folder(p)]
-        return sorted(int(p.name) for p in found)
+    def steps(self, unverified: bool = False) -> list[int]:
+        """Published checkpoint steps, oldest first; unverified: also those without a digest manifest."""
+        return saved_steps(self.checkpoints, unverified)
 
     def step(self, number: int) -> Path:
         return self.checkpoints / str(number)
 
 
-def step_to_resume(plan: Plan, folder: RunFolder) -> int | None:
-    """The step a run goes on from, or None to start anew."""
-    resume = plan.recipe.resume
-    if resume == "never":
-        return None
-    if resume == "auto":
-        return max(folder.steps(), default=None)
-    return int(resume)
+def resumes(plan: Plan, folder: RunFolder) -> bool:
+    """Whether a run goes on from a checkpoint, and does not start anew."""
+    recipe = plan.recipe
+    return recipe.resume != "never" and bool(folder.steps(recipe.unverified))
+
+
+def step_asked_for(plan: Plan) -> int | None:
+    """The step that the recipe names, or None for the newest good one."""
+    return int(plan.recipe.resume) if plan.recipe.resume.isdecimal() else None
 
 
 def folder_problems(plan: Plan, folder: RunFolder) -> list[Problem]:
@@ -84,79 +80,39 @@ def _place_problem(root: Path) -> Problem | None:
 
 
 def _resume_problems(plan: Plan, folder: RunFolder) -> list[Problem]:
-    resume, steps = plan.recipe.resume, folder.steps()
+    resume, steps = plan.recipe.resume, folder.steps(plan.recipe.unverified)
     if resume == "never" and folder.root.exists() and any(folder.root.iterdir()):
         newest = f"newest step {steps[-1]}" if steps else "no checkpoint"
         rule = "must be a new or empty folder when resume=never"
         fix = "resume=auto to go on with it, or another output_dir"
         return [Problem("output_dir", folder.root, rule, f"it holds a run, {newest}", fix)]
-    if resume in ("never", "auto"):
+    if resume in ("never", "auto") or int(resume) in steps:
         return []
-    if int(resume) not in steps:
-        known = ", ".join(map(str, steps)) or "none"
-        rule, other = "must be a step that was saved", f"steps in {folder.checkpoints}: {known}"
-        return [Problem("resume", resume, rule, other, "one of them, or auto")]
-    if int(resume) < steps[-1]:
-        # The steps after it would mix with those of the run that starts over from it.
-        rule, other = "must be the newest step of the run", f"newest step {steps[-1]}"
-        fix = f"auto, or {resume} after moving the newer steps out of {folder.checkpoints}"
-        return [Problem("resume", resume, rule, other, fix)]
-    return []
+    if int(resume) in folder.steps(unverified=True):
+        rule, other = "must be a step with a digest manifest", f"{folder.step(int(resume))} has none"
+        return [Problem("resume", resume, rule, other, "another step, auto, or --unverified beside it")]
+    known = ", ".join(map(str, steps)) or "none"
+    rule, other = "must be a step that was saved", f"steps in {folder.checkpoints}: {known}"
+    return [Problem("resume", resume, rule, other, "one of them, or auto")]
 
 
 def _room_problems(plan: Plan, folder: RunFolder) -> list[Problem]:
     """Too little room for the checkpoints that are kept, and the one that is written beside them."""
-    kept = plan.recipe.save.keep_last
+    kept = most_kept(plan)
     rows = stored_rows(plan.table)
     one = len(PARTS) * sum(row.num_elements * DTYPE_BYTES[row.storage_dtype] for row in rows)
-    missing = kept + 1 - min(len(folder.steps()), kept)
+    missing = kept + 1 - min(len(folder.steps(plan.recipe.unverified)), kept)
     free = shutil.disk_usage(nearest_existing(folder.root / "inside")).free
     if missing * one <= free:
         return []
     rule = f"must lie on a disk with room for {missing} checkpoints of {one / 1e9:.3g} GB"
-    fix = "another disk" + (f", or save.keep_last={max(free // one - 1, 1)}" if free >= 2 * one else "")
-    return [Problem("output_dir", folder.root, rule, f"free: {free / 1e9:.3g} GB", fix)]
+    return [Problem("output_dir", folder.root, rule, f"free: {free / 1e9:.3g} GB", _fix(plan, free // one))]
 
 
-def length_problems(plan: Plan, total_steps: int, done_steps: int) -> list[Problem]:
-    """What only the records can tell: a warm-up or a finished part longer than the run."""
-    schedule = plan.recipe.schedule
-    problems = []
-    if schedule.warmup_steps >= total_steps:
-        rule, fix = "must be less than the steps of the run", f"{max(total_steps // 10, 0)}"
-        other = f"{total_steps} steps with these records"
-        problems.append(Problem("schedule.warmup_steps", schedule.warmup_steps, rule, other, fix))
-    if done_steps > total_steps:
-        setting = "schedule.max_steps" if schedule.max_steps is not None else "schedule.epochs"
-        value = schedule.max_steps if schedule.max_steps is not None else schedule.epochs
-        other = f"step {done_steps} is saved, the run would end at {total_steps}"
-        rule = "must reach beyond the step that the run goes on from"
-        problems.append(Problem(setting, value, rule, other, f"more, for at least {done_steps} steps"))
-    return problems
-
-
-# Settings under `data.` that only say where the records are.
-_PLACES_OF_DATA = ("data.path", "data.subset", "data.split")
-
-
-def continuation_problems(plan: Plan, run: Mapping[str, Any]) -> list[Problem]:
-    """What keeps a plan from going on with a saved run: another order of the data, or another model.
-
-    run: the `run` item of the step. Its cursor counts samples of the same records, shuffled and split alike.
-    """
-    asked, saved = plan_json(plan)["recipe"], run["recipe"]
-    problems = []
-    for setting, value in asked.items():
-        changed = setting in saved and saved[setting] != value
-        if changed and setting.startswith("data.") and setting not in _PLACES_OF_DATA:
-            rule = "must stay as it was when a run goes on"
-            problems.append(
-                Problem(setting, value, rule, f"saved with {saved[setting]}", str(saved[setting]))
-            )
-    theirs = facts_from_config(run["hf_config"])
-    for field in fields(ModelFacts):
-        ours, old = getattr(plan.facts, field.name), getattr(theirs, field.name)
-        if ours != old:
-            rule = "must stay as it was when a run goes on"
-            problems.append(Problem(f"model.config.{field.name}", ours, rule, f"saved with {old}", str(old)))
-    return problems
+def _fix(plan: Plan, room: int) -> str:
+    """What would pass where the disk has room for so many checkpoints."""
+    save = plan.recipe.save
+    if room < 2:
+        return "another disk"
+    beside = [f"save.{name}=0" for name in ("keep_every", "keep_best") if getattr(save, name)]
+    return f"another disk, or {' '.join([f'save.keep_last={room - 1}', *beside])}"

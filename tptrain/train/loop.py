@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 
 from tptrain.backends.base import Backend, CompiledStep, Tensors
@@ -52,7 +53,9 @@ class _Started:
 class Loop:
     """One run's training, from wherever it stands to `total_steps`.
 
-    save_due: whether a checkpoint follows a step. save: called with the state and the progress.
+    after_step: called with the state and the progress after every step that is `due`, and after the last one;
+                the run ends there when it returns True.
+    compiling:  entered with the step around the compilation.
     """
 
     def __init__(
@@ -62,10 +65,13 @@ class Loop:
         batches: Batches,
         total_steps: int,
         observers: Sequence[Observer],
-        save: Callable[[Tensors, Progress], None],
+        after_step: Callable[[Tensors, Progress], bool | None],
+        due: Callable[[int], bool] = lambda step: False,
+        compiling: Callable[[int], AbstractContextManager[object]] = nullcontext,
     ):
         self._plan, self._backend, self._batches, self._total = plan, backend, batches, total_steps
-        self._observers, self._save = observers, save
+        self._observers, self._after_step, self._due = observers, after_step, due
+        self._compiling = compiling
         decoder = backend.decoder()
         self._constants = {name: backend.put_constant(t) for name, t in decoder.constants().items()}
         self._function = make_train_step(decoder, backend.layout, plan.recipe)
@@ -76,29 +82,25 @@ class Loop:
         """Train to the end and return the last state; the tensors of `state` are used up."""
         started: _Started | None = None
         self._finished_at = time.perf_counter()
-        upcoming = prefetch(self._batches, start.cursor, self._total - start.step)
-        for step in range(start.step + 1, self._total + 1):
-            waited = time.perf_counter()
-            cursor, batch = next(upcoming)
-            input_seconds = time.perf_counter() - waited
-            state, now = self._start(state, step, cursor, batch, input_seconds)
-            if started is not None:
+        with closing(prefetch(self._batches, start.cursor, self._total - start.step)) as upcoming:
+            for step in range(start.step + 1, self._total + 1):
+                waited = time.perf_counter()
+                cursor, batch = next(upcoming)
+                input_seconds = time.perf_counter() - waited
+                state, now = self._start(state, step, cursor, batch, input_seconds)
                 self._finish(started)
-            started = now
-            saves = self._save_due(step)
-            if saves or not self._backend.works_beside_host:
-                self._finish(started)
-                started = None
-            if saves:
-                self._save(state, Progress(step, cursor + self._batches.batch_rows))
-                self._finished_at = time.perf_counter()
-        if started is not None:
-            self._finish(started)
+                started = now
+                if not self._backend.works_beside_host:
+                    self._finish(started)
+                    started = None
+                if step == self._total or self._due(step):
+                    self._finish(started)
+                    started = None
+                    ends = self._after_step(state, Progress(step, self._batches.after(cursor)))
+                    self._finished_at = time.perf_counter()
+                    if ends:
+                        break
         return state
-
-    def _save_due(self, step: int) -> bool:
-        every = self._plan.recipe.save.every_steps
-        return step == self._total or (every > 0 and step % every == 0)
 
     def _start(
         self, state: Tensors, step: int, cursor: int, batch: Batch, input_seconds: float
@@ -109,9 +111,9 @@ class Loop:
         inputs = {**self._backend.put_batch(arrays), **self._backend.put_scalars(scalars), **self._constants}
         trace_seconds = compile_seconds = 0.0
         if self._compiled is None:
-            self._compiled = self._backend.compile_step(
-                self._function, state, inputs, state_specs(self._backend)
-            )
+            specs = state_specs(self._backend)
+            with self._compiling(step):
+                self._compiled = self._backend.compile_step(self._function, state, inputs, specs)
             trace_seconds, compile_seconds = self._compiled.trace_seconds, self._compiled.compile_seconds
             self._finished_at = time.perf_counter()
         state, outputs = self._compiled(state, inputs)
@@ -120,8 +122,10 @@ class Loop:
             step, cursor, batch, rate, outputs, trace_seconds, compile_seconds, input_seconds
         )
 
-    def _finish(self, started: _Started) -> None:
-        """Wait for a step, check it, and tell the observers."""
+    def _finish(self, started: _Started | None) -> None:
+        """Wait for a step, check it, and tell the observers; nothing if there is none."""
+        if started is None:
+            return
         outputs = self._backend.fetch_scalars(started.outputs)
         now = time.perf_counter()
         seconds, self._finished_at = now - self._finished_at, now
@@ -141,7 +145,8 @@ class Loop:
             compile_seconds=started.compile_seconds,
             input_seconds=started.input_seconds,
             compiles=self._backend.compile_count(),
-            cursor=started.cursor + self._batches.batch_rows,
+            cursor=self._batches.after(started.cursor),
+            rows_digest=batch.rows_digest,
         )
         for observer in self._observers:
             observer(record)

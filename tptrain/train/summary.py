@@ -9,28 +9,41 @@ from rich.console import Console
 from rich.table import Table
 
 from tptrain.config.plan import Plan
-from tptrain.data.batches import RunLength
 from tptrain.eval.exact_match import Score
 from tptrain.report.plan_page import run_sentences
-from tptrain.train.loop import Progress
+from tptrain.train.start import Start
 
 _SHOWN_ANSWERS = 3
 
 
-def print_start(console: Console, plan: Plan, length: RunLength, start: Progress) -> None:
-    """The plan in sentences, with what only the records could tell."""
+def print_start(console: Console, plan: Plan, start: Start, watches_sigterm: bool) -> None:
+    """The plan in sentences, with what only the records and the checkpoint could tell."""
     for sentence in run_sentences(plan):
         console.print(sentence, soft_wrap=True)
-    rows = plan.recipe.data.batch_rows
-    samples = f"{length.total_steps * rows:,} rows"
-    if length.total_samples is not None:
-        empty = length.total_steps * rows - length.total_samples
-        samples = f"{length.total_samples:,} records, the last step filled up with {empty} empty rows"
-    console.print(f"Length: {length.total_steps:,} steps, {samples}.")
-    if start.step:
-        console.print(f"Going on after step {start.step} with sample {start.cursor:,}.")
-    for notice in plan.notices:
+    console.print(f"Length: {_length(plan, start)}.")
+    progress = start.progress
+    if progress.step:
+        console.print(f"Going on after step {progress.step} with sample {progress.cursor:,}.")
+    for line in start.lines:
+        console.print(f"Changed: {line}.", soft_wrap=True)
+    notices = list(plan.notices)
+    if not watches_sigterm:
+        notices.append(
+            "only the main thread of a process can watch for SIGTERM; here it ends the run unsaved."
+        )
+    for notice in notices:
         console.print(f"Note: {notice}", soft_wrap=True)
+
+
+def _length(plan: Plan, start: Start) -> str:
+    total, samples = start.length.total_steps, start.length.total_samples
+    remaining = total - start.progress.step
+    rows = remaining * plan.recipe.data.batch_rows
+    steps = f"{total:,} steps, {remaining:,} of them from here on" if start.progress.step else f"{total:,} steps"
+    if samples is None:
+        return f"{steps}, {rows:,} rows"
+    records = samples - start.progress.cursor
+    return f"{steps}, {records:,} records, the last step filled up with {rows - records} empty rows"
 
 
 def print_summary(
@@ -43,7 +56,7 @@ def print_summary(
     after: Score | None,
 ) -> None:
     """Scores with sample answers, the folders, and the next command to type."""
-    if before is not None and after is not None:
+    if after is not None:
         console.print(_score_table(before, after))
         _print_answers(console, before, after)
     console.print(f"Checkpoint: {checkpoint}", soft_wrap=True)
@@ -53,19 +66,22 @@ def print_summary(
     console.print(f"Next:       tptrain generate {output_dir} {shlex.quote(question)}", soft_wrap=True)
 
 
-def _score_table(before: Score, after: Score) -> Table:
+def _score_table(before: Score | None, after: Score) -> Table:
     table = Table(title="Exact match on held-out problems")
     for column in ("", "right", "of", "rate"):
         table.add_column(column, justify="left" if not column else "right")
     for name, score in (("before training", before), ("after training", after)):
-        table.add_row(name, str(score.right), str(len(score.answers)), f"{score.rate:.0%}")
+        if score is not None:
+            table.add_row(name, str(score.right), str(len(score.answers)), f"{score.rate:.0%}")
     return table
 
 
-def _print_answers(console: Console, before: Score, after: Score) -> None:
-    for old, new in list(zip(before.answers, after.answers, strict=True))[:_SHOWN_ANSWERS]:
+def _print_answers(console: Console, before: Score | None, after: Score) -> None:
+    for index, new in enumerate(after.answers[:_SHOWN_ANSWERS]):
         console.print(f"\n{new.prompt}", markup=False, soft_wrap=True)
-        console.print(f"  before: {_one_line(old.generated)}", markup=False, soft_wrap=True)
+        if before is not None:
+            old = _one_line(before.answers[index].generated)
+            console.print(f"  before: {old}", markup=False, soft_wrap=True)
         mark = "right" if new.is_right else "wrong"
         console.print(f"  after:  {_one_line(new.generated)}  [{mark}]", markup=False, soft_wrap=True)
         console.print(f"  true:   {_one_line(new.reference)}", markup=False, soft_wrap=True)

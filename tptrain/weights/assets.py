@@ -6,19 +6,23 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from tptrain.weights.hf_files import CONFIG_FILE, GENERATION_FILE, copy_tokenizer, require_tokenizer
+from tptrain.weights.hf_files import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    TOKENIZER_CONFIG_FILE,
+    copy_tokenizer,
+    require_tokenizer,
+)
 from tptrain.weights.hf_json import (
     HasTokenIds,
     complete_config,
     generation_config,
-    read_json,
     with_token_ids,
     without_token_ids,
     write_json,
 )
 from tptrain.weights.staging import staged_folder, writing
-
-_TOKENIZER_CONFIG = "tokenizer_config.json"
+from tptrain.weights.untrusted import read_json
 
 
 class Tokenizer(HasTokenIds, Protocol):
@@ -83,7 +87,7 @@ def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     both older spellings (seen with 5.23 and 4.57.6).
     """
     tokenizer.save_pretrained(str(folder))
-    path = folder / _TOKENIZER_CONFIG
+    path = folder / TOKENIZER_CONFIG_FILE
     config = read_json(path, "model.tokenizer")
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"

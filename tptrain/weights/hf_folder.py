@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
-from tptrain.errors import Problem, raise_if_any, refuse
+from tptrain.errors import Problem, refuse
 from tptrain.family.table import DTYPE_BYTES, ParamRow, stored_rows
 from tptrain.weights.hf_files import (
     CONFIG_FILE,
@@ -23,13 +23,11 @@ from tptrain.weights.hf_files import (
     require_tokenizer,
     tokenizer_files,
 )
-from tptrain.weights.hf_json import complete_config, generation_config, read_json, with_token_ids, write_json
+from tptrain.weights.hf_json import complete_config, generation_config, to_json, with_token_ids, write_json
+from tptrain.weights.row_stream import ReadBlocks, cast_pieces
+from tptrain.weights.safetensors_out import FilePlan, SafetensorsWriter, differences
 from tptrain.weights.staging import staged_folder, target_problems, writing
-
-# As the header of a safetensors file spells them.
-_FILE_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-
-RowReader = Callable[[ParamRow], torch.Tensor]
+from tptrain.weights.untrusted import read_json
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,9 @@ class Shard:
     file: str
     rows: tuple[ParamRow, ...]
 
+    def plan(self, dtype: str) -> FilePlan:
+        return FilePlan(self.file, getattr(torch, dtype), {row.name: row.size for row in self.rows})
+
 
 def export_bytes(table: Sequence[ParamRow], dtype: str, assets: Path | None = None) -> int:
     """How much room an export takes: the weights in `dtype` and the copied tokenizer files."""
@@ -47,13 +48,18 @@ def export_bytes(table: Sequence[ParamRow], dtype: str, assets: Path | None = No
 
 
 def check_export_target(
-    path: str | Path, setting: str = "export.path", needed_bytes: int = 0, free_bytes: int | None = None
+    path: str | Path,
+    setting: str = "export.path",
+    needed_bytes: int = 0,
+    free_bytes: int | None = None,
+    overwrite: bool = False,
 ) -> list[Problem]:
     """Why an export could not be written to `path`: it exists, no permission, no room. Empty if it could.
 
     needed_bytes: from `export_bytes`. free_bytes: room on the disk; None to ask the disk.
+    overwrite: whether a model folder that is there may be replaced.
     """
-    return target_problems(Path(path).expanduser(), setting, needed_bytes, free_bytes)
+    return target_problems(Path(path).expanduser(), setting, needed_bytes, free_bytes, overwrite)
 
 
 def plan_shards(table: Sequence[ParamRow], dtype: str, max_shard_bytes: int) -> tuple[Shard, ...]:
@@ -81,43 +87,58 @@ def export_folder(
     out: str | Path,
     table: Sequence[ParamRow],
     hf_config: Mapping[str, Any],
-    read: RowReader,
+    read_blocks: ReadBlocks,
     assets: Path | None = None,
     dtype: str = "bfloat16",
     max_shard_bytes: int = 5_000_000_000,
     setting: str = "export.path",
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+    dtype_setting: str = "export.dtype",
 ) -> Path:
     """Write the model folder `out` that transformers and vLLM load; returns its path.
 
-    read:   gives one stored row as a whole, unpadded CPU tensor (`row.size`) of any float dtype. It is called
-            once per row, in table order; at most one file's tensors are held at a time.
+    read_blocks: gives a stored row as blocks: CPU tensors of any float dtype, consecutive along dim 0,
+        together exactly `row.size`. It is called once per row, in table order, in a thread of its own that is
+        at most 2 blocks in front of the cast; memory grows by these blocks and some MB.
     assets: a folder made by `collect_assets`: its tokenizer files are copied byte for byte, and its
-            generation_config.json is taken over; None for a model without a tokenizer.
-    setting: where the user chose `out`, for messages.
+        generation_config.json is taken over; None for a model without a tokenizer.
+    setting, dtype_setting: where the user chose `out` and `dtype`, for messages.
+    overwrite: replace a model folder at `out`, which stays until the new one is written and checked.
+    progress: called with the bytes of weights written since its last call.
 
-    Everything is written beside `out`, read back and checked, and renamed at the end, so `out` is complete or
-    absent. Raises ProblemsError if `out` exists, cannot be written or lacks room, if `assets` has no
-    tokenizer, or if a value does not fit into `dtype`; whatever `read` raises passes through.
+    Everything is written beside `out`, flushed to the disk, read back and compared, and renamed at the end:
+    `out` is complete or absent, and `staged_folder` says what a kill leaves. Raises ProblemsError if `out`
+    exists (without `overwrite`), cannot be written or lacks room, if `assets` has no tokenizer, or if a value
+    does not fit into `dtype`; whatever `read_blocks` raises passes through.
     """
     out = Path(out).expanduser()
     if assets is not None:
         require_tokenizer(assets, "assets")
-    raise_if_any(check_export_target(out, setting, export_bytes(table, dtype, assets)))
-    config, generation = _json_files(hf_config, assets, dtype)
+    json_files = _json_files(hf_config, assets, dtype)
     shards = plan_shards(table, dtype, max_shard_bytes)
-    with staged_folder(out, setting) as partial:
+    if len(shards) > 1:
+        json_files[INDEX_FILE] = _index(shards, dtype)
+    file_of = {row.name: shard for shard in shards for row in shard.rows}
+    digests: dict[str, str] = {}
+
+    def verify(folder: Path) -> None:
+        different = _differences(folder, shards, dtype, digests, json_files)
+        if different:
+            rule, fix = "must read back as it was written", "another disk"
+            raise refuse(setting, out, rule, f"different: {', '.join(different)}", fix)
+
+    with staged_folder(out, setting, export_bytes(table, dtype, assets), overwrite, verify) as folder:
         with writing(out, setting):
-            write_json(partial / CONFIG_FILE, config)
-            write_json(partial / GENERATION_FILE, generation)
+            for name, content in json_files.items():
+                write_json(folder / name, content)
             if assets is not None:
-                copy_tokenizer(assets, partial)
-        for shard in shards:
-            _write_shard(partial, shard, read, dtype, out, setting)
-        if len(shards) > 1:
-            with writing(out, setting):
-                write_json(partial / INDEX_FILE, _index(shards, dtype))
-        with writing(out, setting):
-            _verify(partial, shards, dtype, out, setting)
+                copy_tokenizer(assets, folder)
+        pieces = cast_pieces(stored_rows(table), read_blocks, getattr(torch, dtype), dtype_setting)
+        with closing(pieces):
+            for shard, of_shard in groupby(pieces, lambda piece: file_of[piece[0].name]):
+                guard = partial(writing, out, setting)
+                digests |= _write_shard(folder, shard.plan(dtype), of_shard, guard, progress)
     return out
 
 
@@ -125,36 +146,13 @@ def _row_bytes(row: ParamRow, dtype: str) -> int:
     return row.num_elements * DTYPE_BYTES[dtype]
 
 
-def _json_files(
-    hf_config: Mapping[str, Any], assets: Path | None, dtype: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _json_files(hf_config: Mapping[str, Any], assets: Path | None, dtype: str) -> dict[str, dict[str, Any]]:
     """config.json, and generation_config.json to go with it: the assets' own, or the ids in the config."""
     path = assets / GENERATION_FILE if assets else None
     given = path is not None and path.exists()
     generation = read_json(path, "assets") if path and given else generation_config({}, hf_config, None)
-    return with_token_ids(complete_config(hf_config, dtype), generation), generation
-
-
-def _write_shard(folder: Path, shard: Shard, read: RowReader, dtype: str, out: Path, setting: str) -> None:
-    tensors = {row.name: _cast(row, read(row), dtype) for row in shard.rows}
-    with writing(out, setting):
-        save_file(tensors, str(folder / shard.file), metadata={"format": "pt"})
-        # safetensors makes its files readable by their owner alone; a server may be someone else.
-        shutil.copymode(folder / CONFIG_FILE, folder / shard.file)
-
-
-def _cast(row: ParamRow, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
-    assert tensor.shape == row.size, f"{row.name}: read {list(tensor.shape)}, not {list(row.size)}"
-    limit = torch.finfo(getattr(torch, dtype)).max
-    if limit < torch.finfo(tensor.dtype).max:
-        low, high = (bound.item() for bound in tensor.detach().aminmax())
-        if limit < max(-low, high) < float("inf"):
-            other = f"{row.name} has {max(-low, high):.6g}, the largest {dtype} is {limit:.6g}"
-            fix = "'bfloat16' or 'float32'"
-            raise refuse("export.dtype", dtype, "must be able to hold every weight", other, fix)
-    cast = tensor.detach().to(getattr(torch, dtype)).contiguous()
-    # save_file refuses tensors that share storage, as two views of one buffer do.
-    return cast if cast.untyped_storage().nbytes() == cast.nbytes else cast.clone()
+    config = with_token_ids(complete_config(hf_config, dtype), generation)
+    return {CONFIG_FILE: config, GENERATION_FILE: generation}
 
 
 def _index(shards: Sequence[Shard], dtype: str) -> dict[str, Any]:
@@ -165,31 +163,37 @@ def _index(shards: Sequence[Shard], dtype: str) -> dict[str, Any]:
     }
 
 
-def _verify(folder: Path, shards: Sequence[Shard], dtype: str, out: Path, setting: str) -> None:
-    """Read back what was written: the files, the names, shapes and dtypes in them, and the index."""
-    differences = [difference for shard in shards for difference in _shard_differences(folder, shard, dtype)]
-    expected = {shard.file for shard in shards}
-    files = {path.name for path in folder.glob("*.safetensors")}
-    if files != expected:
-        differences.append(f"files {sorted(files ^ expected)}")
-    if len(shards) > 1 and read_json(folder / INDEX_FILE, setting) != _index(shards, dtype):
-        differences.append(INDEX_FILE)
-    if differences:
-        rule, fix = "must read back as it was written", "another disk"
-        raise refuse(setting, out, rule, f"different: {', '.join(differences)}", fix)
+def _write_shard(
+    folder: Path,
+    plan: FilePlan,
+    pieces: Iterable[tuple[ParamRow, torch.Tensor]],
+    guard: Callable[[], AbstractContextManager[None]],
+    progress: Callable[[int], None] | None,
+) -> dict[str, str]:
+    """Write one file; returns the digests of its tensors. guard: around what writes, but not what reads."""
+    with guard():
+        writer = SafetensorsWriter(folder, plan)
+    with writer:
+        for row, piece in pieces:
+            with guard():
+                num_bytes = writer.write(row.name, piece)
+            if progress is not None:
+                progress(num_bytes)
+        with guard():
+            return writer.finish()
 
 
-def _shard_differences(folder: Path, shard: Shard, dtype: str) -> list[str]:
-    with safe_open(str(folder / shard.file), framework="pt") as handle:
-        names = set(handle.keys())
-        expected = {row.name for row in shard.rows}
-        differences = [f"{name} in {shard.file}" for name in sorted(names ^ expected)]
-        if handle.metadata() != {"format": "pt"}:
-            differences.append(f"metadata of {shard.file}")
-        for row in shard.rows:
-            if row.name not in names:
-                continue
-            view = handle.get_slice(row.name)
-            if (tuple(view.get_shape()), view.get_dtype()) != (row.size, _FILE_DTYPES[dtype]):
-                differences.append(f"{row.name} in {shard.file}")
-    return differences
+def _differences(
+    folder: Path,
+    shards: Sequence[Shard],
+    dtype: str,
+    digests: Mapping[str, str],
+    json_files: Mapping[str, dict[str, Any]],
+) -> list[str]:
+    """What reads back from a finished folder other than it was written, or should not be there."""
+    weights = [each for shard in shards for each in differences(folder, shard.plan(dtype), digests)]
+    stray = {path.name for path in folder.glob("*.safetensors")} - {shard.file for shard in shards}
+    changed = [
+        name for name, content in json_files.items() if (folder / name).read_bytes() != to_json(content)
+    ]
+    return [*weights, *sorted(stray), *changed]

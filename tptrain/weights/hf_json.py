@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from tptrain.errors import refuse
 from tptrain.family import FAMILIES, ModelFacts, facts_from_config
+from tptrain.weights.untrusted import read_json as read_json
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Facts whose names are this package's own; all others are fields of the config.
@@ -37,9 +37,10 @@ class HasTokenIds(Protocol):
 def complete_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """The config.json of the model that `config` describes, stored in `dtype`, complete in both spellings.
 
-    Fields that a reader would otherwise fill with its own defaults are written out; fields that this package
-    does not know are kept. `transformers_version` stays as it was, because some readers treat tokenizer files
-    by it; where it is missing, the installed version is written (transformers 4.57 warns without one).
+    Fields that a reader would otherwise fill with its own defaults are written out. Fields that this package
+    does not know are kept, but for `auto_map`, which names code files that no export holds.
+    `transformers_version` stays as it was, because some readers treat tokenizer files by it; where it is
+    missing, the installed version is written (transformers 4.57 warns without one).
     Raises ProblemsError as `facts_from_config` does.
     """
     facts = facts_from_config(config)
@@ -55,6 +56,7 @@ def complete_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
         "dtype": dtype,
         "torch_dtype": dtype,
     }
+    done.pop("auto_map", None)
     if done.get("transformers_version") is None:
         done["transformers_version"] = importlib.metadata.version("transformers")
     return done
@@ -120,16 +122,9 @@ def with_token_ids(config: Mapping[str, Any], generation: Mapping[str, Any]) -> 
     return {**config, **dict.fromkeys(_TOKEN_IDS), **ids}
 
 
-def read_json(path: Path, setting: str) -> dict[str, Any]:
-    """A JSON object from a file; ProblemsError if it is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise refuse(setting, path, "must be a JSON file", str(error), "an intact copy of it") from error
-    if not isinstance(content, dict):
-        raise refuse(setting, path, "must be a JSON object", f"it is a {type(content).__name__}", "{...}")
-    return content
+def to_json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_bytes(to_json(content))

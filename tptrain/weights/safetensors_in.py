@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,9 +11,9 @@ import torch
 from tptrain.errors import Problem, raise_if_any
 from tptrain.family.table import ParamRow, stored_rows
 from tptrain.weights.hf_files import WEIGHT_FILES, local_folder
-from tptrain.weights.safetensors_files import StoredTensor, open_checkpoint
-
-_FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+from tptrain.weights.safetensors_files import open_checkpoint
+from tptrain.weights.safetensors_header import FLOAT_DTYPES
+from tptrain.weights.stored_tensor import StoredTensor
 
 # Tables that older versions of transformers stored beside the parameters; they follow from the config.
 _NOT_PARAMETERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids)$")
@@ -43,6 +43,11 @@ class SafetensorsSource:
         assert row.tied_to is None, f"{row.name} is tied to {row.tied_to} and has no data of its own"
         return self._tensors[row.name].read(index)
 
+    def read_blocks(self, row: ParamRow, max_bytes: int) -> Iterator[torch.Tensor]:
+        """The whole row as private blocks of whole rows along dim 0: see `StoredTensor.read_blocks`."""
+        assert row.tied_to is None, f"{row.name} is tied to {row.tied_to} and has no data of its own"
+        return self._tensors[row.name].read_blocks(max_bytes)
+
 
 def _match(table: Sequence[ParamRow], tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Row name -> its tensor. A tied pair may be stored under either of its two names."""
@@ -70,7 +75,7 @@ def _problems(
         for row in rows
         if row.name in found and found[row.name].shape != row.size
     ]
-    wrong_dtype = [f"{t.name} {t.dtype}" for t in found.values() if t.dtype not in _FLOAT_DTYPES]
+    wrong_dtype = [f"{t.name} {t.dtype}" for t in found.values() if t.dtype not in FLOAT_DTYPES]
     tied = [(row.name, row.tied_to) for row in table if row.tied_to is not None]
     untied = [
         f"{name} differs from {other}"
@@ -85,7 +90,7 @@ def _problems(
         (
             wrong_dtype,
             "must hold floating-point tensors",
-            f"not {', '.join(_FLOAT_DTYPES)}",
+            f"not {', '.join(FLOAT_DTYPES)}",
             "weights that are not quantized",
         ),
         (

@@ -19,7 +19,7 @@ from tptrain.backends.base import (
     Tensors,
     TensorSource,
 )
-from tptrain.backends.shards import read_ahead, read_buffer_shards
+from tptrain.backends.shards import one_ahead, read_buffer_shards
 from tptrain.backends.xla.capture import CapturedStep, compile_count
 from tptrain.backends.xla.passes import apply_passes
 from tptrain.backends.xla.sharding import DeviceMesh
@@ -57,7 +57,7 @@ class XlaBackend:
 
         return {
             buffer.name: self.mesh.place(shards, buffer.shape, buffer.spec)
-            for buffer, shards in read_ahead(self.layout.buffers.values(), read)
+            for buffer, shards in one_ahead(self.layout.buffers.values(), read)
         }
 
     def zeros(self) -> Tensors:

@@ -1,4 +1,8 @@
-"""Ways in which a step's files can go wrong, each as a function that does it to a step folder."""
+"""Ways in which a step's files can go wrong, each as a function that does it to a step folder.
+
+The step is of a Llama of two or more layers with an untied head, and an older step lies beside it. Every
+function returns the path of the file that must be named.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +74,7 @@ def from_another_step(path: str) -> Damage:
     """The file of the step before: right in every respect but its content."""
 
     def do(step: Path) -> str:
-        shutil.copyfile(step.parent / "10" / path, step / path)
+        shutil.copyfile(step_before(step) / path, step / path)
         return path
 
     return do
@@ -113,8 +117,13 @@ def edit_manifest(old: str, new: str) -> Damage:
 
 
 def manifest_of_the_step_before(step: Path) -> str:
-    shutil.copyfile(step.parent / "10" / MANIFEST, step / MANIFEST)
+    shutil.copyfile(step_before(step) / MANIFEST, step / MANIFEST)
     return MANIFEST
+
+
+def step_before(step: Path) -> Path:
+    """The oldest step beside this one."""
+    return step.parent / str(min(int(path.name) for path in step.parent.iterdir() if path.name.isdecimal()))
 
 
 DAMAGES: dict[str, Damage] = {
@@ -140,7 +149,7 @@ DAMAGES: dict[str, Damage] = {
     "weights zeroed": zero(WEIGHTS),
     "manifest empty": manifest(""),
     "manifest no JSON": manifest("{"),
-    "manifest without files": manifest('{"format": 1, "algorithm": "xxh3_128", "step": 20}'),
+    "manifest without files": manifest('{"format": 1, "algorithm": "xxh3_128", "step": 1}'),
     "manifest of another format": edit_manifest('"format": 1', '"format": 2'),
     "manifest of another step": manifest_of_the_step_before,
 }

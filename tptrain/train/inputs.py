@@ -1,0 +1,101 @@
+"""What a run reads before it touches a device, records and tokenizer and weights, and the assets it keeps."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedTokenizerFast
+
+from tptrain.backends.base import TensorSource
+from tptrain.ckpt.steps import is_step_folder
+from tptrain.config.plan import Plan
+from tptrain.data.batches import Batches, run_length
+from tptrain.data.dataset import tokenize_records
+from tptrain.data.render import record_texts
+from tptrain.data.sources import load_records
+from tptrain.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
+from tptrain.errors import raise_if_any
+from tptrain.train.folder import RunFolder, resumes
+from tptrain.weights import (
+    CONFIG_FILES,
+    TOKENIZER_FILES,
+    RandomSource,
+    SafetensorsSource,
+    collect_assets,
+    local_folder,
+)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that reading the inputs yields, before a device is touched.
+
+    data_digest: `TokenizedDataset.digest`: what a run that goes on compares.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    batches: Batches
+    data_digest: str
+
+
+def prepare(plan: Plan, folder: RunFolder, console: Console) -> Prepared:
+    """Read records and tokenizer; tokenise."""
+    recipe = plan.recipe
+    data = recipe.data
+    records = load_records(data.path, data.subset, data.split, data.max_records)
+    tokenizer = _tokenizer(plan, folder, records)
+    raise_if_any(check_tokenizer(tokenizer, plan.facts.vocab_size))
+    dataset, counts = tokenize_records(records, tokenizer, data)
+    console.print(f"Data: {counts}.")
+    total_samples = run_length(len(dataset), recipe.schedule, data.batch_rows).total_samples
+    batches = Batches(dataset, data, recipe.optim.accumulation, total_samples)
+    return Prepared(tokenizer, batches, dataset.digest())
+
+
+def _tokenizer(plan: Plan, folder: RunFolder, records: list[dict[str, Any]]) -> PreTrainedTokenizerFast:
+    """The recipe's tokenizer; a run that goes on reads back the one that it has kept."""
+    model = plan.recipe.model
+    if resumes(plan, folder):
+        if model.tokenizer == "train":
+            return PreTrainedTokenizerFast.from_pretrained(str(folder.assets))
+        return load_tokenizer(replace(model, tokenizer=str(folder.assets)))
+    if model.tokenizer != "train":
+        return load_tokenizer(model)
+    texts = [record_texts(record, plan.recipe.data) for record in records]
+    whole = ["".join(text) for text in texts if not isinstance(text, str)]
+    return train_tokenizer(whole, plan.facts.vocab_size)
+
+
+def weight_source(plan: Plan) -> TensorSource | Path:
+    """Where the first weights come from: a step folder, safetensors files, or a random generator."""
+    pretrained = plan.recipe.model.pretrained
+    if pretrained is None:
+        return RandomSource(plan.recipe.seed, plan.facts.initializer_range)
+    path = Path(pretrained).expanduser()
+    return path if is_step_folder(path) else SafetensorsSource(pretrained, plan.table)
+
+
+def write_assets(plan: Plan, folder: RunFolder, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write a new run's config and tokenizer; what a run that saved no step has left is replaced."""
+    if folder.assets.exists():
+        shutil.rmtree(folder.assets)
+    model = plan.recipe.model
+    tokenizer_folder = checkpoint_folder = None
+    if model.pretrained is not None:
+        checkpoint_folder = _assets_of(model.pretrained, "model.pretrained", CONFIG_FILES)
+    if model.tokenizer == "pretrained":
+        assert model.pretrained is not None
+        tokenizer_folder = _assets_of(model.pretrained, "model.pretrained", TOKENIZER_FILES)
+    elif model.tokenizer != "train":
+        tokenizer_folder = local_folder(model.tokenizer, "model.tokenizer", TOKENIZER_FILES)
+    collect_assets(folder.assets, plan.hf_config, tokenizer, tokenizer_folder, checkpoint_folder)
+
+
+def _assets_of(source: str, setting: str, patterns: tuple[str, ...]) -> Path:
+    """The folder with the config and tokenizer of a checkpoint; a step of a run keeps them in its assets."""
+    path = Path(source).expanduser()
+    return path.parent.parent / "assets" if is_step_folder(path) else local_folder(source, setting, patterns)

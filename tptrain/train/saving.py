@@ -1,0 +1,99 @@
+"""When a run saves, what it keeps, what goes into a step beside the state, and what a failed save means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from typing import Any
+
+from tptrain.backends.base import Tensors
+from tptrain.ckpt.checkpointer import Checkpointer, SaveError
+from tptrain.ckpt.policies import (
+    AnyOf,
+    EverySeconds,
+    EverySteps,
+    KeepBest,
+    KeepEvery,
+    KeepLast,
+    KeepPolicy,
+    SavePolicy,
+)
+from tptrain.config.plan import Plan
+from tptrain.report.plan_page import plan_json
+from tptrain.train.loop import Progress
+from tptrain.train.state import PARTS, part_of
+
+_VERSIONED = ("tptrain", "torch", "torch_xla", "jax", "orbax-checkpoint", "transformers")
+
+
+def save_policy(plan: Plan) -> SavePolicy:
+    """When the recipe has a step saved, its last one aside."""
+    section = plan.recipe.save
+    policies: list[SavePolicy] = []
+    if section.every_steps:
+        policies.append(EverySteps(section.every_steps))
+    if section.every_seconds:
+        policies.append(EverySeconds(section.every_seconds))
+    return AnyOf(tuple(policies))
+
+
+def keep_policies(plan: Plan) -> list[KeepPolicy]:
+    """Which steps the recipe keeps."""
+    section = plan.recipe.save
+    policies: list[KeepPolicy] = [KeepLast(section.keep_last)]
+    if section.keep_every:
+        policies.append(KeepEvery(section.keep_every))
+    if section.keep_best:
+        policies.append(KeepBest(section.keep_best, "exact_match"))
+    return policies
+
+
+def most_kept(plan: Plan) -> int:
+    """How many steps the recipe may keep at a time, as far as the length of the run is known from it."""
+    save, max_steps = plan.recipe.save, plan.recipe.schedule.max_steps
+    kept = save.keep_last + save.keep_best
+    if max_steps is None or save.every_seconds:
+        return kept
+    every = save.every_steps or max_steps
+    if save.keep_every:
+        kept += max_steps // math.lcm(every, save.keep_every)
+    return min(kept, -(-max_steps // every))
+
+
+def run_item(plan: Plan, data_digest: str) -> dict[str, Any]:
+    """The part of the `run` item that all steps of a run share; each adds its step and cursor."""
+    return {
+        "seeds": {"init": plan.recipe.seed, "data": plan.recipe.data.seed},
+        "data_digest": data_digest,
+        "recipe": plan_json(plan)["recipe"],
+        "mesh": plan.mesh.axis_sizes,
+        "hf_config": dict(plan.hf_config),
+        "versions": {name: version(name) for name in _VERSIONED},
+    }
+
+
+class Saver:
+    """Saves a run's state. A save that fails in the middle of a run is told, and the next one tried."""
+
+    def __init__(self, checkpointer: Checkpointer, shared: Mapping[str, Any], say: Callable[[str], None]):
+        """shared: from `run_item`."""
+        self._checkpointer, self._shared, self._say = checkpointer, shared, say
+        self._failed: SaveError | None = None
+
+    def save(self, state: Tensors, progress: Progress, metrics: Mapping[str, float]) -> None:
+        """Start saving a step; it is written in the background, which tells by itself when that fails."""
+        run = {**self._shared, "step": progress.step, "cursor": progress.cursor}
+        self._failed = None
+        try:
+            parts = {part: part_of(state, part) for part in PARTS}
+            self._checkpointer.save(progress.step, parts, run, metrics)
+        except SaveError as error:
+            self._failed = error
+            self._say(str(error))
+
+    def wait(self) -> None:
+        """Return when the step given to `save` is published; raise SaveError if it could not be saved."""
+        if self._failed is not None:
+            raise self._failed
+        self._checkpointer.wait()

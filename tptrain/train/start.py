@@ -1,0 +1,114 @@
+"""Where a run starts: new weights at step 0, or the newest good checkpoint and what has changed since."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tptrain.backends.base import Backend, Tensors, TensorSource
+from tptrain.ckpt.checkpointer import Checkpointer
+from tptrain.ckpt.reading import PARAMS
+from tptrain.ckpt.restoring import restore_part
+from tptrain.ckpt.steps import set_aside
+from tptrain.config.plan import Plan
+from tptrain.config.recipe_checks import meeting_problems
+from tptrain.data.batches import RunLength, run_length
+from tptrain.errors import Problem, raise_if_any
+from tptrain.train.continuation import Continuation, continuation, continuation_problems
+from tptrain.train.folder import RunFolder, step_asked_for
+from tptrain.train.inputs import Prepared
+from tptrain.train.journal import Journal
+from tptrain.train.loop import Progress
+from tptrain.train.state import PARTS, fresh_state, join_parts, not_halted
+
+NEW_RUN = Continuation(step=0, cursor=0, lines=())
+
+
+@dataclass(frozen=True)
+class Start:
+    """The first state of a process. lines: what a run that goes on does otherwise than the saved one."""
+
+    state: Tensors
+    progress: Progress
+    length: RunLength
+    lines: tuple[str, ...]
+
+
+def fresh_start(plan: Plan, backend: Backend, prepared: Prepared, source: TensorSource | Path) -> Start:
+    """Step 0, with weights from `source`: a step of another run, files, or a random generator."""
+    if isinstance(source, Path):
+        params = restore_part(plan, backend, source, PARAMS, "model.pretrained", plan.recipe.unverified)
+        parts = {"params": params, "mu": backend.zeros(), "nu": backend.zeros()}
+        state = join_parts(parts, not_halted(backend))
+    else:
+        state = fresh_state(backend, source)
+    return Start(state, Progress(0, 0), length_from(plan, prepared, NEW_RUN), ())
+
+
+def resumed_start(
+    plan: Plan,
+    backend: Backend,
+    checkpointer: Checkpointer,
+    prepared: Prepared,
+    journal: Journal,
+    folder: RunFolder,
+    say: Callable[[str], None],
+) -> Start:
+    """The step that the recipe names, or the newest good one. Newer ones are set aside.
+
+    The journal is opened when it is clear that the run may go on, and cut when it is clear from where.
+    """
+
+    def accept(run: Mapping[str, Any]) -> None:
+        raise_if_any(continuation_problems(plan, run))
+        going_on = continuation(plan, run, prepared.data_digest)
+        raise_if_any(length_problems(plan, prepared, going_on))
+        journal.open()
+
+    journal.event("begin", "restore", 0)
+    restored = checkpointer.restore(step_asked_for(plan), PARTS, accept, plan.recipe.unverified)
+    going_on = continuation(plan, restored.run, prepared.data_digest)
+    journal.event("end", "restore", going_on.step)
+    _set_newer_aside(plan, folder, going_on.step, say)
+    journal.cut(going_on.step)
+    state = join_parts(restored.parts, not_halted(backend))
+    progress = Progress(going_on.step, going_on.cursor)
+    return Start(state, progress, length_from(plan, prepared, going_on), going_on.lines)
+
+
+def _set_newer_aside(plan: Plan, folder: RunFolder, step: int, say: Callable[[str], None]) -> None:
+    """Steps after the one that the run goes on from would mix with those that it will save."""
+    for newer in reversed(folder.steps(plan.recipe.unverified)):
+        if newer > step:
+            kept = set_aside(folder.checkpoints, newer, "superseded")
+            say(f"Step {newer} is set aside as {kept.name}.")
+
+
+def length_from(plan: Plan, prepared: Prepared, start: Continuation) -> RunLength:
+    """How long the run is, going on from `start`."""
+    recipe = plan.recipe
+    records = len(prepared.batches.dataset)
+    return run_length(records, recipe.schedule, recipe.data.batch_rows, start.step, start.cursor)
+
+
+def length_problems(plan: Plan, prepared: Prepared, start: Continuation) -> list[Problem]:
+    """What only the records can tell: a run shorter than its warm-up, or than its finished part."""
+    recipe, schedule = plan.recipe, plan.recipe.schedule
+    length = length_from(plan, prepared, start)
+    problems = meeting_problems(recipe, length.total_steps) if schedule.max_steps is None else []
+    if schedule.warmup_steps >= length.total_steps:
+        rule, fix = "must be less than the steps of the run", f"{max(length.total_steps // 10, 0)}"
+        other = f"{length.total_steps} steps with these records"
+        problems.append(Problem("schedule.warmup_steps", schedule.warmup_steps, rule, other, fix))
+    rule = "must reach beyond the step that the run goes on from"
+    if schedule.max_steps is not None and start.step > schedule.max_steps:
+        other = f"step {start.step} is saved, the run would end at {schedule.max_steps}"
+        fix = f"more, for at least {start.step} steps"
+        problems.append(Problem("schedule.max_steps", schedule.max_steps, rule, other, fix))
+    if length.total_samples is not None and start.cursor > length.total_samples:
+        other = f"step {start.step} is saved after {start.cursor:,} samples, the run would end at"
+        other, fix = f"{other} {length.total_samples:,}", "more epochs"
+        problems.append(Problem("schedule.epochs", schedule.epochs, rule, other, fix))
+    return problems

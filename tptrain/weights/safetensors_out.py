@@ -1,0 +1,155 @@
+"""Writing a safetensors file as a stream of row blocks; the library writes whole tensors from memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+
+from tptrain.weights.safetensors_header import FLOAT_DTYPES, Extent, byte_blocks, open_file
+
+# transformers 4 refuses a file without it.
+_METADATA = {"format": "pt"}
+_DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
+# Small enough to be still in the processor's cache when it is hashed.
+_HASH_BLOCK_BYTES = 4 * 2**20
+_HASH_THREADS = 2
+_FLUSH_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """A file to be written: its tensors' names and sizes in the order of their data, all of one dtype."""
+
+    name: str
+    dtype: torch.dtype
+    sizes: Mapping[str, tuple[int, ...]]
+
+    def num_bytes(self, name: str) -> int:
+        return math.prod(self.sizes[name]) * self.dtype.itemsize
+
+    def header(self) -> bytes:
+        """Length and JSON, padded so that the data starts at a multiple of 8 bytes."""
+        entries: dict[str, object] = {"__metadata__": _METADATA}
+        start = 0
+        for name, size in self.sizes.items():
+            offsets = [start, start + self.num_bytes(name)]
+            entries[name] = {"dtype": _DTYPE_NAMES[self.dtype], "shape": list(size), "data_offsets": offsets}
+            start = offsets[1]
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+
+class SafetensorsWriter:
+    """Writes the new file `folder / plan.name`, tensor by tensor in the plan's order, a row block at a time.
+
+    A context manager; `finish` ends the file, without it the file is incomplete. Blocks out of order, of
+    another dtype, too many or too few are bugs of the caller. Raises OSError when the disk does.
+    """
+
+    def __init__(self, folder: Path, plan: FilePlan):
+        self._plan = plan
+        self._pending = iter(plan.sizes)
+        self._name = ""
+        self._missing_bytes = 0  # of the tensor that is being written
+        self._written_bytes = self._flushed_bytes = 0
+        self._hash = xxhash.xxh3_128()
+        self._digests: dict[str, str] = {}
+        self._file = open(folder / plan.name, "xb", buffering=0)  # noqa: SIM115 - closed by __exit__
+        try:
+            self._append(memoryview(plan.header()))
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, name: str, block: torch.Tensor) -> int:
+        """Append the next rows of tensor `name`, a CPU tensor of the plan's dtype; returns their bytes."""
+        if name != self._name:
+            self._begin(name)
+        assert block.dtype == self._plan.dtype, f"{name}: a block of {block.dtype}, not {self._plan.dtype}"
+        assert block.nbytes <= self._missing_bytes, (
+            f"{name}: {block.nbytes - self._missing_bytes} bytes too many"
+        )
+        # A view of the tensor's own memory as bytes: numpy has no bfloat16.
+        data = block.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        self._hash.update(data)
+        self._append(data)
+        self._missing_bytes -= data.nbytes
+        if not self._missing_bytes:
+            self._digests[name] = self._hash.hexdigest()
+        return data.nbytes
+
+    def finish(self) -> dict[str, str]:
+        """Flush the complete file to the disk; returns each tensor's xxh3_128 in hexadecimal digits."""
+        self._assert_complete()
+        late = list(self._pending)
+        assert not late, f"{self._plan.name}: nothing was written of {', '.join(late)}"
+        os.fsync(self._file.fileno())
+        return self._digests
+
+    def _begin(self, name: str) -> None:
+        self._assert_complete()
+        expected = next(self._pending, None)
+        assert name == expected, f"{self._plan.name}: {name} was written where {expected} follows"
+        self._name, self._missing_bytes = name, self._plan.num_bytes(name)
+        self._hash.reset()
+
+    def _assert_complete(self) -> None:
+        assert not self._missing_bytes, f"{self._name}: {self._missing_bytes} bytes were not written"
+
+    def _append(self, data: memoryview) -> None:
+        while data.nbytes:  # one call writes at most 2 GB
+            count = self._file.write(data)
+            data = data[count:]
+            self._written_bytes += count
+        length = self._written_bytes - self._flushed_bytes
+        if length >= _FLUSH_BYTES:
+            # Linux starts to write these pages to the disk, which `finish` then waits for a third as long
+            # (measured, ext4). They are dirty, so they also stay in memory, where they are compared.
+            os.posix_fadvise(self._file.fileno(), self._flushed_bytes, length, os.POSIX_FADV_DONTNEED)
+            self._flushed_bytes += length
+
+
+def differences(folder: Path, plan: FilePlan, digests: Mapping[str, str]) -> list[str]:
+    """Read a written file back: what in it differs from its plan, or from the bytes with these digests.
+
+    The library reads the header. The data is read to the last byte, from the system's page cache as far as it
+    is there. Raises OSError or SafetensorError if the file cannot be read at all.
+    """
+    path = folder / plan.name
+    try:
+        handle, extents = open_file(path)
+    except ValueError as error:
+        return [f"the header of {plan.name}: {error}"]
+    different = extents.keys() ^ plan.sizes.keys()
+    expected = _DTYPE_NAMES[plan.dtype]
+    for name in extents.keys() & plan.sizes.keys():
+        if (extents[name].dtype, extents[name].shape) != (expected, plan.sizes[name]):
+            different.add(name)
+    found = {name: extent for name, extent in extents.items() if name not in different}
+    with ThreadPoolExecutor(_HASH_THREADS) as threads:
+        hashes = threads.map(lambda extent: _digest(path, extent), found.values())
+        different |= {name for name, digest in zip(found, hashes, strict=True) if digest != digests[name]}
+    metadata = [] if handle.metadata() == _METADATA else [f"metadata of {plan.name}"]
+    return [f"{name} in {plan.name}" for name in sorted(different)] + metadata
+
+
+def _digest(path: Path, extent: Extent) -> str:
+    digest = xxhash.xxh3_128()
+    for block in byte_blocks(path, extent.start, extent.stop, _HASH_BLOCK_BYTES):
+        digest.update(block.data)
+    return digest.hexdigest()
