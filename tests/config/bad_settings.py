@@ -172,6 +172,63 @@ RECIPES = [
         ("resume=atuo",), mended=("resume=auto",),
     ),
     BadInput(
+        "best of nothing",
+        "save.keep_best", 2, "needs scores to choose by: eval.problems and eval.every_steps above 0",
+        "eval.problems=0, eval.every_steps=0", "0, or eval.problems=200 and eval.every_steps=100",
+        ("save.keep_best=2",),
+        mended=(
+            "save.keep_best=2", "eval.problems=200", "eval.every_steps=100", "eval.path=test.jsonl",
+            "save.every_steps=100", "schedule.max_steps=400",
+        ),
+    ),
+    BadInput(
+        "best of scores before and after training only",
+        "save.keep_best", 2, "needs scores to choose by: eval.every_steps above 0", "eval.every_steps=0",
+        "eval.every_steps=100",
+        ("save.keep_best=2", "eval.problems=9", "eval.path=test.jsonl"),
+        mended=("eval.problems=9", "eval.path=test.jsonl"),
+    ),
+    BadInput(
+        "scores that meet no save",
+        "eval.every_steps", 7, "must be met by saves, or save.keep_best has no steps to choose from",
+        "save.every_steps=10: first step of both 70, last step 40", "10",
+        (
+            "save.keep_best=2", "eval.problems=9", "eval.path=test.jsonl", "eval.every_steps=7",
+            "save.every_steps=10",
+        ),
+        mended=(
+            "save.keep_best=2", "eval.problems=9", "eval.path=test.jsonl", "eval.every_steps=10",
+            "save.every_steps=10",
+        ),
+    ),
+    BadInput(
+        "scores and saves beyond the end",
+        "eval.every_steps", 7, "must be met by saves", "first step of both 3500, last step 40",
+        "20 for both",
+        ("save.keep_best=2", "eval.problems=9", "eval.path=test.jsonl", "eval.every_steps=7"),
+        mended=(
+            "save.keep_best=2", "eval.problems=9", "eval.path=test.jsonl", "eval.every_steps=20",
+            "save.every_steps=20",
+        ),
+    ),
+    BadInput(
+        "best of saves by time",
+        "eval.every_steps", 7, "must be met by saves", "save.every_steps=0", "save.every_steps=7",
+        (
+            "save.keep_best=2", "eval.problems=9", "eval.path=test.jsonl", "eval.every_steps=7",
+            "save.every_steps=0", "save.every_seconds=60",
+        ),
+        mended=(
+            "save.keep_best=2", "eval.problems=9", "eval.path=test.jsonl", "eval.every_steps=7",
+            "save.every_steps=7", "save.every_seconds=60",
+        ),
+    ),
+    BadInput(
+        "seconds below 0",
+        "save.every_seconds", "-1", "must be at least 0", "smallest: 0", "0 or more",
+        ("save.every_seconds=-1",), mended=("save.every_seconds=0",),
+    ),
+    BadInput(
         "name that is no folder name",
         "name", "my run/1", "usable as the name of a folder", "letters, digits", "my_run_1",
         ("name=my run/1",), mended=("name=my_run_1",),

@@ -53,6 +53,32 @@ def test_a_step_without_assets(tmp_path: Path) -> None:
         _found(str(step))
 
 
+@pytest.mark.parametrize("gone", ["my/model", "/nowhere/model"])
+def test_a_run_that_goes_on_keeps_the_config_of_weights_that_are_gone(tmp_path: Path, gone: str) -> None:
+    _write(tmp_path / "run" / "assets" / "config.json", SMALL_LLAMA)
+
+    def found(**changes: Any) -> dict[str, Any] | None:
+        asked = {"model": ModelSection(pretrained=gone), "output_dir": str(tmp_path / "run"), **changes}
+        return find_checkpoint_config(small_recipe(**asked), {"HF_HOME": "/nowhere"})
+
+    assert found(resume="auto") == found(resume="120") == SMALL_LLAMA
+    for changes in ({"resume": "never"}, {"resume": "auto", "output_dir": str(tmp_path / "other")}):
+        if gone == "my/model":
+            assert found(**changes) is None
+        else:
+            with pytest.raises(ProblemsError, match="must exist"):
+                found(**changes)
+
+
+def test_weights_that_are_there_count_before_what_a_run_has_kept(tmp_path: Path) -> None:
+    _write(tmp_path / "run" / "assets" / "config.json", SMALL_LLAMA)
+    _write(tmp_path / "model" / "config.json", {**SMALL_LLAMA, "vocab_size": 515})
+    model = ModelSection(pretrained=str(tmp_path / "model"))
+    asked = small_recipe(model=model, output_dir=str(tmp_path / "run"), resume="auto")
+    found = find_checkpoint_config(asked, {"HF_HOME": "/nowhere"})
+    assert found is not None and found["vocab_size"] == 515
+
+
 def test_a_config_path_may_be_a_folder(tmp_path: Path) -> None:
     _write(tmp_path / "config.json", SMALL_LLAMA)
     for given in (tmp_path, tmp_path / "config.json"):

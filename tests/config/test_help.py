@@ -41,6 +41,8 @@ def test_values_are_those_of_the_recipe(page: str) -> None:
         assert f"\n  {line}" in page
     assert "vocab_size=1031" in page
     assert page.startswith("usage: python recipes/small.py [setting=value ...]\n")
+    options = "--resume auto|never|STEP is resume=..., --unverified is unverified=true."
+    assert options in " ".join(page.split())
 
 
 def test_settings_lie_under_their_section(page: str) -> None:

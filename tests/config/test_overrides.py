@@ -8,7 +8,7 @@ import pytest
 from samples import SMALL_LLAMA, small_recipe
 
 from tptrain.config import ModelSection, Recipe
-from tptrain.config.overrides import apply_overrides
+from tptrain.config.overrides import apply_overrides, spelled_out
 from tptrain.config.settings import Setting, settings, shown, value_of
 from tptrain.errors import ProblemsError
 
@@ -121,3 +121,24 @@ def test_one_letter_missing_is_guessed(setting: Setting) -> None:
     with pytest.raises(ProblemsError) as caught:
         apply_overrides(Recipe(name="a"), [f"{key}=1"])
     assert caught.value.problems[0].fix.startswith(f"{setting.path} (did you mean")
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--resume", "auto"], ["resume=auto"]),
+        (["--resume=never"], ["resume=never"]),
+        (["--resume", "120", "--unverified"], ["resume=120", "unverified=true"]),
+        (["a.py", "--resume", "auto", "mesh.tensor=2"], ["a.py", "resume=auto", "mesh.tensor=2"]),
+        (["--resumed", "--unverified=true"], ["--resumed", "--unverified=true"]),
+        ([], []),
+    ],
+)
+def test_options_are_settings(args: list[str], expected: list[str]) -> None:
+    assert spelled_out(args) == expected
+
+
+@pytest.mark.parametrize("args", [["--resume"], ["--resume", "--unverified"], ["--resume", "mesh.tensor=2"]])
+def test_resume_needs_a_value(args: list[str]) -> None:
+    with pytest.raises(ProblemsError, match=r"--resume=: needs a value \(.*; use --resume auto"):
+        spelled_out(args)

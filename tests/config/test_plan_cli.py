@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import types
@@ -19,6 +20,7 @@ from tptrain.config.overrides import apply_overrides
 from tptrain.config.planning import plan_recipe
 from tptrain.config.recipe_file import load_recipe
 from tptrain.report.plan_page import bytes_text, plan_json, plan_page, spec_text
+from tptrain.train.preemption import Preemption
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = str(ROOT / "recipes" / "llama3_8b_gsm8k.py")
@@ -217,6 +219,32 @@ def test_train_is_given_the_recipe(trained: list[Recipe]) -> None:
     cli.run_recipe(load_recipe(TINY), [*MESH, "data.path=x.jsonl"])
     expected = apply_overrides(load_recipe(TINY), [*MESH, "data.path=x.jsonl"])
     assert trained == [expected, expected]
+
+
+def test_options_of_train(trained: list[Recipe]) -> None:
+    data = "data.path=x.jsonl"
+    assert cli.main(["train", "--resume", "auto", TINY, *MESH, data, "--unverified"]) == 0
+    cli.run_recipe(load_recipe(TINY), [*MESH, data, "--resume=120"])
+    assert [(recipe.resume, recipe.unverified) for recipe in trained] == [("auto", True), ("120", False)]
+
+
+def test_a_preempted_run_exits_with_75(trained: list[Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(recipe: Recipe, preemption: Preemption) -> None:
+        assert preemption.watching
+        preemption.begin(7)
+        preemption.leave()
+
+    monkeypatch.setattr(sys.modules["tptrain.train.run"], "train_recipe", end)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert cli.main(["train", TINY, *MESH, "data.path=x.jsonl"]) == 75
+        # The interpreter takes a while to end, and must not be killed with another code meanwhile.
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+        with pytest.raises(SystemExit) as stop:
+            cli.run_recipe(load_recipe(TINY), [*MESH, "data.path=x.jsonl"])
+        assert stop.value.code == 75
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_nothing_is_trained_on_problems(trained: list[Recipe], capsys: pytest.CaptureFixture[str]) -> None:

@@ -157,6 +157,9 @@ def test_output_paths(overrides: tuple[str, ...], output: str, export: str | Non
         ("data.subset=main", "data.path=train.jsonl", "no effect with data.path=train.jsonl"),
         ("data.split=test", "data.path=builtin:word_problems", "no effect with data.path=builtin"),
         ("save.keep_last=5", "save.every_steps=0", "no effect with save.every_steps=0"),
+        ("save.keep_every=7", "save.every_steps=10", "no effect with save.every_steps=10 and schedule.max_s"),
+        ("eval.every_steps=7", "eval.problems=0", "no effect with eval.problems=0"),
+        ("unverified=true", "resume=never", "no effect with resume=never"),
     ],
 )
 def test_settings_without_effect_are_stated(override: str, beside: str, notice: str) -> None:
@@ -164,6 +167,12 @@ def test_settings_without_effect_are_stated(override: str, beside: str, notice: 
     assert stated.startswith(f"{override} has {notice}")
     if beside != "eval.problems=0":
         assert not _plan(beside).notices
+
+
+def test_saves_by_time_keep_what_they_are_told_to() -> None:
+    by_time = ("save.every_steps=0", "save.every_seconds=60")
+    assert not _plan(*by_time, "save.keep_last=5", "save.keep_every=7").notices
+    assert not _plan("save.every_steps=10", "save.keep_every=20").notices
 
 
 def test_a_learning_rate_of_zero_is_stated() -> None:

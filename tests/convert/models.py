@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers.utils import logging
 
 from tests.small import DictSource
 from tests.weights.small_llama import saved_model, small_config, small_tokenizer
@@ -88,6 +89,7 @@ def write_model(
     folder: Path, dtype: str = "float32", tied: bool = False, tokenizer: bool = True, **options: Any
 ) -> Path:
     """A model folder as transformers saves it; options as of `saved_model`."""
+    logging.disable_progress_bar()
     saved_model(folder, tied, dtype=dtype, **options)
     if tokenizer:
         small_tokenizer().save_pretrained(folder)

@@ -14,7 +14,7 @@ from rich.console import Console
 from tests.train.steps import assert_same_state, journal_values, published
 from tptrain.config import EvalSection, ExportSection, LogSection, SaveSection, ScheduleSection
 from tptrain.config.planning import plan_recipe
-from tptrain.train.journal import read_events
+from tptrain.train.journal import Journal, read_events
 from tptrain.train.preemption import Preempted, Preemption
 from tptrain.train.run import train
 
@@ -46,7 +46,7 @@ def test_before_the_first_step_it_exits_at_once_while_the_main_thread_is_busy():
 def test_a_step_under_way_is_left_to_the_main_thread():
     code, lines = script(
         """
-        watch.under_way(7)
+        watch.begin(7)
         terminate()
         while not watch.asked: pass
         print("saved")
@@ -65,17 +65,50 @@ def test_a_step_under_way_is_left_to_the_main_thread():
 
 
 def test_a_second_one_exits_at_once():
-    code, _ = script("watch.under_way(7); terminate()\nwhile not watch.asked: pass\nterminate(); busy()")
+    code, _ = script("watch.begin(7); terminate()\nwhile not watch.asked: pass\nterminate(); busy()")
     assert code == 143
 
 
+def test_a_run_that_was_to_go_on_has_it_in_its_journal(tmp_path):
+    """Its journal is not open yet, but it is there; a new run has none, and gets none."""
+    body = """
+    from pathlib import Path
+    from tptrain.train.journal import Journal
+    journal = Journal(Path({folder!r}), held=True)
+    journal.event("begin", "start", 0)
+    watch.tell(print, journal)
+    terminate(); busy()
+    """
+    (tmp_path / "old").mkdir()
+    Journal(tmp_path / "old").close()
+    for name in ("old", "new"):
+        assert script(body.format(folder=str(tmp_path / name)))[0] == 75
+    phases = [(e.event, e.phase) for e in read_events(tmp_path / "old" / "journal.jsonl")]
+    assert phases == [("begin", "start"), ("begin", "preempt"), ("end", "preempt")]
+    assert not (tmp_path / "new").exists()
+
+
+def test_no_step_begins_after_it():
+    code, lines = script(
+        """
+        assert watch.begin(7)
+        terminate()
+        while not watch.asked: pass
+        assert not watch.begin(8)
+        try: watch.leave()
+        except Exception: pass
+        """
+    )
+    assert code == 0 and lines[-1].startswith("Step 7 is saved.")
+
+
 def test_after_the_last_save_it_exits_at_once():
-    code, lines = script("watch.under_way(7); watch.saved(); terminate(); busy()")
+    code, lines = script("watch.begin(7); watch.saved(); terminate(); busy()")
     assert (code, lines) == (75, ["SIGTERM: step 7 is saved; exiting with 75."])
 
 
 def test_when_everything_is_written_the_run_ends_by_itself():
-    code, lines = script("watch.under_way(7); watch.saved(); watch.done(); terminate()\nprint('the end')")
+    code, lines = script("watch.begin(7); watch.saved(); watch.done(); terminate()\nprint('the end')")
     assert code == 0 and "the end" in lines
 
 

@@ -291,6 +291,13 @@ def test_the_pretrained_weights_may_be_gone(run, recipe, pretrained, folder, tmp
         run(model=model, output_dir=str(tmp_path / "new"))
 
 
+def test_without_its_assets_a_run_does_not_go_on(run, folder):
+    run()
+    shutil.rmtree(folder / "assets")
+    with pytest.raises(ProblemsError, match=r"output_dir=.*run: must hold the assets of the run"):
+        run(resume="auto")
+
+
 def test_a_trained_tokenizer_is_read_back(run, recipe, pretrained, folder, tmp_path, capsys):
     """Other records would train another tokenizer, and the weights know only the run's own."""
     config = json.loads((pretrained / "config.json").read_text())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from tests.weights.killed import export_and_die, export_and_hang, export_ones, e
 from tptrain.errors import ProblemsError
 from tptrain.family import ParamRow
 from tptrain.weights import check_export_target
+from tptrain.weights.leftovers import partial_folder, recover
 
 Files = dict[str, bytes]
 
@@ -138,6 +141,27 @@ def test_folders_with_names_of_their_own_are_left_alone(tmp_path: Path, name: st
     export_ones(tmp_path / "out", 1.0)
     assert siblings(tmp_path / "out") == sorted([name, "out"])
     assert content(tmp_path / name) == {"model.safetensors": b"half"}
+
+
+def test_a_folder_is_not_cleared_away_before_its_writer_has_locked_it(tmp_path: Path) -> None:
+    """Two writers at once: one looks for leftovers all the time, while the other starts again and again."""
+    out, done, looks = tmp_path / "out", threading.Event(), []
+
+    def look_for_leftovers() -> None:
+        while not done.is_set():
+            recover(out)
+            looks.append(1)
+
+    with ThreadPoolExecutor(1) as threads:
+        looking = threads.submit(look_for_leftovers)
+        try:
+            for _ in range(300):
+                with partial_folder(out) as partial:
+                    (partial / "content").mkdir()
+        finally:
+            done.set()
+        looking.result()
+    assert len(looks) > 30 and siblings(out) == []
 
 
 def test_a_link_that_is_named_like_a_leftover_is_not_followed(tmp_path: Path) -> None:

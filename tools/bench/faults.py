@@ -36,7 +36,7 @@ from typing import Any
 KINDS = ("save", "steps", "restore", "compile", "export")
 DEFAULT_KILLS = "save=3,steps=2,restore=2,compile=1,export=1"
 SAVE_PHASES = ("save", "write", "commit")
-SAVE_EVERY = 3
+SAVE_EVERY = 8
 ROOT = Path(__file__).parents[2]
 
 # A run that has not come to where it is to be killed after this long has failed.
@@ -80,8 +80,7 @@ def kill_counts(text: str) -> dict[str, int]:
 def measure(folder: Path, wanted: Mapping[str, int], seed: int) -> dict[str, Any]:
     from tools.bench.damaging import damage_all
 
-    # Each kill during a save or between steps leaves at least one published step more.
-    total = SAVE_EVERY * (4 + 3 * (wanted.get("save", 0) + wanted.get("steps", 0)))
+    total = steps_for(wanted)
     reference, killed = folder / "reference", folder / "killed"
     finish(start(reference, total), reference)
     kills = kill_run(killed, total, wanted, random.Random(seed))
@@ -91,6 +90,14 @@ def measure(folder: Path, wanted: Mapping[str, int], seed: int) -> dict[str, Any
         print("difference:", problem)
     damages = damage_all(reference, command(reference, total)[4:])
     return {"kills": {**kills, "all": sum(kills.values())}, "resumed_bit_exact": not problems, **damages}
+
+
+def steps_for(wanted: Mapping[str, int]) -> int:
+    """Steps of a run that is long enough to be killed so often.
+
+    Each kill during a save or between steps leaves a published step more, seldom more than two.
+    """
+    return SAVE_EVERY * (6 + 3 * (wanted.get("save", 0) + wanted.get("steps", 0)))
 
 
 def command(run: Path, total: int) -> list[str]:
@@ -115,9 +122,11 @@ def command(run: Path, total: int) -> list[str]:
 
 
 def start(run: Path, total: int) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command(run, total), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return launch(command(run, total))
+
+
+def launch(arguments: Sequence[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process: subprocess.Popen[str], run: Path) -> None:
@@ -137,6 +146,8 @@ def kill_run(run: Path, total: int, wanted: Mapping[str, int], chance: random.Ra
             target = "steps"
         was = kill_once(run, total, target, chance)
         if was == "nothing":
+            if target != "export":
+                raise BenchError(f"the run came to its end before it could be killed ({target})")
             shutil.rmtree(run / "export")  # it was finished too soon: have it written once more
             continue
         kills[was] += 1
@@ -170,8 +181,15 @@ class Aim:
     def __init__(self, target: str, chance: random.Random):
         self._target = target
         self._phase = chance.choice(SAVE_PHASES) if target == "save" else target
-        longest = {"save": 0.02, "write": 0.1, "commit": 0.02, "restore": 0.1, "compile": 2.0, "export": 0.03}
-        self.delay = chance.uniform(0, longest.get(self._phase, 0.01))
+        longest = {
+            "save": 0.01,
+            "write": 0.05,
+            "commit": 0.02,
+            "restore": 0.1,
+            "compile": 2.0,
+            "export": 0.01,
+        }
+        self.delay = chance.uniform(0, longest.get(self._phase, 0.0))
         self._steps = chance.randint(1, SAVE_EVERY + 2)
 
     def reached(self, own: list[dict[str, Any]]) -> bool:

@@ -143,7 +143,7 @@ class StepReader:
         the ProblemsError for a damaged one comes after its blocks.
         """
         array = plain_array(self._folder / self._item, row.name)
-        if array is None:
+        if array is None or array.shape != row.size:
             yield from self._read_chunks(row)
             return
         try:

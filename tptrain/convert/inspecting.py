@@ -12,6 +12,7 @@ from typing import Any
 
 from tptrain.ckpt.digests import (
     ALGORITHM,
+    MANIFEST,
     Manifest,
     ManifestError,
     damages,
@@ -145,7 +146,7 @@ def manifest_state(step_folder: Path, verify: bool) -> ManifestState:
     except FileNotFoundError:
         return ManifestState("absent")
     except ManifestError as error:
-        return ManifestState("damaged", problems=(str(error),))
+        return ManifestState("damaged", problems=(f"{MANIFEST} ({error})",))
     found = listing_damages(step_folder, manifest)
     if verify and not found:
         found = damages(step_folder, manifest, sorted(manifest.files))

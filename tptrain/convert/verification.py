@@ -19,6 +19,7 @@ from tptrain.backends.base import TORCH_DTYPES, Tensors
 from tptrain.backends.xla.process import set_environment
 from tptrain.convert import VerificationError
 from tptrain.convert.from_hf import FolderModel
+from tptrain.convert.progress import size_text
 from tptrain.errors import Problem
 from tptrain.export import StepModel
 from tptrain.family import ModelFacts, ParamRow, facts_from_config, stored_rows
@@ -65,8 +66,8 @@ def memory_problems(
     free = available_bytes() if free_bytes is None else free_bytes
     if needed <= free:
         return []
-    rule = f"needs {needed / 1e9:.3g} GB of memory for the logits: the model twice in float32"
-    return [Problem(setting, "all", rule, f"available: {free / 1e9:.3g} GB", "--verify=digests")]
+    rule = f"needs {size_text(needed)} of memory for the logits: the model twice in float32"
+    return [Problem(setting, "all", rule, f"available: {size_text(free)}", "--verify=digests")]
 
 
 def available_bytes() -> int:

@@ -6,6 +6,7 @@ import time
 
 from tptrain.backends.base import Tensors
 from tptrain.ckpt.policies import SavePolicy
+from tptrain.ckpt.steps import BEST_METRIC
 from tptrain.eval.exact_match import Score
 from tptrain.train.journal import StepRecord
 from tptrain.train.loop import Progress
@@ -44,27 +45,21 @@ class AfterStep:
 
     def due(self, step: int) -> bool:
         """Whether anything follows this step, which is done or under way."""
-        due = self._is_scored(step) or self._is_saved(step) or self._preemption.asked
-        if not due:
-            self._preemption.under_way(step + 1)
-        return due
+        return self._is_scored(step) or self._is_saved(step) or not self._preemption.begin(step + 1)
 
     def __call__(self, state: Tensors, progress: Progress) -> bool:
-        """Score and save the step if it is due; whether the run ends with it, being saved."""
-        step, metrics = progress.step, {}
+        """Score and save the step if that is due; whether the run ends with it, being saved."""
+        step, last = progress.step, progress.step == self._total
         saves = self._is_saved(step)
-        if self._is_scored(step):
-            metrics = self._score(state, step)
-        self._preemption.under_way(step)
-        if saves or self._preemption.asked:
-            self._saver.save(state, progress, metrics)
-            self._saved_at = time.monotonic()
-            # Asked again: a SIGTERM may have come while the state was copied.
-            if step == self._total or self._preemption.asked:
-                self._saver.wait()
-                return True
-        self._preemption.under_way(step + 1)
-        return False
+        metrics = self._score(state, step) if self._is_scored(step) else {}
+        if saves:
+            self._save(state, progress, metrics)
+        if not last and self._preemption.begin(step + 1):
+            return False
+        if not saves:
+            self._save(state, progress, metrics)
+        self._saver.wait()
+        return True
 
     def _is_scored(self, step: int) -> bool:
         if self._scoring is None:
@@ -74,9 +69,14 @@ class AfterStep:
     def _is_saved(self, step: int) -> bool:
         return step == self._total or self._policy.due(step, time.monotonic() - self._saved_at)
 
+    def _save(self, state: Tensors, progress: Progress, metrics: dict[str, float]) -> None:
+        self._saver.save(state, progress, metrics)
+        self._saved_at = time.monotonic()
+
     def _score(self, state: Tensors, step: int) -> dict[str, float]:
         assert self._scoring is not None
-        self._preemption.under_way(step, "the evaluation of step")
+        self._preemption.doing("the evaluation of step")
         when = "after training" if step == self._total else f"after step {step}"
         self.last_score = self._scoring(state, step, when)
-        return {"exact_match": self.last_score.rate, "loss": self._loss}
+        self._preemption.doing("step")
+        return {BEST_METRIC: self.last_score.rate, "loss": self._loss}

@@ -86,6 +86,9 @@ def _resume_problems(plan: Plan, folder: RunFolder) -> list[Problem]:
         rule = "must be a new or empty folder when resume=never"
         fix = "resume=auto to go on with it, or another output_dir"
         return [Problem("output_dir", folder.root, rule, f"it holds a run, {newest}", fix)]
+    if steps and resume != "never" and not folder.assets.is_dir():
+        rule, other = "must hold the assets of the run that is to go on", f"no folder {folder.assets}"
+        return [Problem("output_dir", folder.root, rule, other, "another output_dir")]
     if resume in ("never", "auto") or int(resume) in steps:
         return []
     if int(resume) in folder.steps(unverified=True):

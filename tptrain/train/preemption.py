@@ -92,13 +92,20 @@ class Preemption:
         """The step that the run starts from is known."""
         self._step = step
 
-    def under_way(self, step: int, doing: str = "step") -> None:
-        """From here on a SIGTERM has this to be finished, and the step saved. doing: what, for the console.
+    def begin(self, step: int) -> bool:
+        """Whether the run may begin a step, which a SIGTERM then has to be finished and saved.
 
-        Waits for ever if the process is on its way out.
+        Does not return if the process is on its way out.
         """
         with self._lock:
-            self._stage, self._step, self._doing = Stage.TRAINING, step, doing
+            if self.asked:
+                return False
+            self._stage, self._step = Stage.TRAINING, step
+            return True
+
+    def doing(self, what: str) -> None:
+        """What is done with the step that was begun last, in words for the console."""
+        self._doing = what
 
     def saved(self) -> None:
         """The last step is published. Raises Preempted if SIGTERM has come."""
@@ -156,32 +163,34 @@ class Preemption:
             os._exit(KILLED)
         with self._lock:
             self._asked.set()
+            last = self._stage.ends_at_once
             # In a thread of its own, so that a second signal is read whatever the console does.
-            self._words = threading.Thread(target=self._announce, args=(self._stage,), daemon=True)
+            self._words = threading.Thread(target=self._announce, args=(self._intention(), last), daemon=True)
             self._words.start()
-            if self._stage.ends_at_once:
+            if last:
                 # The lock is kept, so that the main thread begins nothing that could be lost.
                 self._words.join(_LAST_WORDS_SECONDS)
                 os._exit(PREEMPTED)
 
-    def _announce(self, stage: Stage) -> None:
-        if stage.ends_at_once and self._journal is not None:
+    def _intention(self) -> str:
+        """What happens now, in words."""
+        if self._stage is Stage.TRAINING:
+            return f"finishing {self._doing} {self._step}, then saving; a second SIGTERM exits at once"
+        if self._stage is Stage.STARTING:
+            return f"nothing to save, no step has been done since the start; exiting with {PREEMPTED}"
+        if self._stage is Stage.SAVED:
+            return f"step {self._step} is saved; exiting with {PREEMPTED}"
+        return "everything is written, the run ends"
+
+    def _announce(self, intention: str, last: bool) -> None:
+        if last and self._journal is not None:
             self._journal.open_if_there()
         self._event("begin")
-        self._say(f"SIGTERM: {self._intention(stage)}.")
-        if stage.ends_at_once:
+        self._say(f"SIGTERM: {intention}.")
+        if last:
             self._event("end")
             sys.stdout.flush()
             sys.stderr.flush()
-
-    def _intention(self, stage: Stage) -> str:
-        if stage is Stage.TRAINING:
-            return f"finishing {self._doing} {self._step}, then saving; a second SIGTERM exits at once"
-        if stage is Stage.STARTING:
-            return f"nothing to save, no step has been done since the start; exiting with {PREEMPTED}"
-        if stage is Stage.SAVED:
-            return f"step {self._step} is saved; exiting with {PREEMPTED}"
-        return "everything is written, the run ends"
 
     def _event(self, event: str) -> None:
         if self._journal is not None:

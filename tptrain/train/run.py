@@ -199,7 +199,7 @@ def _compiling(run: _Run, step: int) -> Iterator[None]:
     """Around the compilation of the step: what this process does after it could be lost."""
     with run.journal.phase("compile", step):
         yield
-    run.preemption.under_way(step)
+    run.preemption.begin(step)
 
 
 def _export(run: _Run, step: int) -> Path | None:

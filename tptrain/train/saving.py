@@ -19,6 +19,7 @@ from tptrain.ckpt.policies import (
     KeepPolicy,
     SavePolicy,
 )
+from tptrain.ckpt.steps import BEST_METRIC
 from tptrain.config.plan import Plan
 from tptrain.report.plan_page import plan_json
 from tptrain.train.loop import Progress
@@ -45,7 +46,7 @@ def keep_policies(plan: Plan) -> list[KeepPolicy]:
     if section.keep_every:
         policies.append(KeepEvery(section.keep_every))
     if section.keep_best:
-        policies.append(KeepBest(section.keep_best, "exact_match"))
+        policies.append(KeepBest(section.keep_best, BEST_METRIC))
     return policies
 
 

@@ -7,6 +7,7 @@ import time
 from rich.console import Console
 
 from tptrain.backends.base import Tensors
+from tptrain.ckpt.steps import BEST_METRIC
 from tptrain.eval.exact_match import ExactMatch, Score
 from tptrain.train.journal import Journal
 from tptrain.train.state import part_of
@@ -23,7 +24,7 @@ class Scoring:
         started = time.perf_counter()
         self._journal.event("begin", "eval", step)
         score = self._scorer(part_of(state, "params"))
-        self._journal.event("end", "eval", step, {"exact_match": score.rate})
+        self._journal.event("end", "eval", step, {BEST_METRIC: score.rate})
         seconds = time.perf_counter() - started
         right = f"{score.right} of {len(score.answers)}"
         self._console.print(f"Held-out problems answered right {when}: {right} ({seconds:.0f} s).")

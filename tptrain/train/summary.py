@@ -39,7 +39,9 @@ def _length(plan: Plan, start: Start) -> str:
     total, samples = start.length.total_steps, start.length.total_samples
     remaining = total - start.progress.step
     rows = remaining * plan.recipe.data.batch_rows
-    steps = f"{total:,} steps, {remaining:,} of them from here on" if start.progress.step else f"{total:,} steps"
+    steps = (
+        f"{total:,} steps, {remaining:,} of them from here on" if start.progress.step else f"{total:,} steps"
+    )
     if samples is None:
         return f"{steps}, {rows:,} rows"
     records = samples - start.progress.cursor

@@ -23,12 +23,11 @@ _PARTIAL, _REPLACED = "partial", "replaced"
 @contextmanager
 def partial_folder(path: Path) -> Iterator[Path]:
     """A new folder beside `path` that is this writer's alone; removed with all that is in it at the end."""
-    while True:
+    lock = None
+    while lock is None:  # once, but for another process's `recover` that comes upon it before it is locked
         partial = _sibling(path, _PARTIAL, f"{os.getpid()}-{uuid.uuid4().hex[:8]}")
         partial.mkdir(parents=True)
         lock = _try_lock(partial)
-        if lock is not None:  # else another process's `recover` came across it before it was locked
-            break
     try:
         yield partial
     finally:
@@ -65,14 +64,15 @@ def recover(path: Path) -> None:
     """
     leftovers = {*_suffixes(path, _PARTIAL).values(), *_suffixes(path, _REPLACED).values()}
     for suffix in sorted(leftovers):
-        partial = _sibling(path, _PARTIAL, suffix)
+        partial, aside = _sibling(path, _PARTIAL, suffix), _sibling(path, _REPLACED, suffix)
         # Another user's, or removed by another process in this moment: not for this one to deal with.
-        with suppress(PermissionError, FileNotFoundError):
-            partial.mkdir(exist_ok=True)
+        with suppress(PermissionError, FileNotFoundError, FileExistsError):
+            if aside.exists():
+                partial.mkdir(exist_ok=True)  # there has to be something to lock
             lock = _try_lock(partial)
             if lock is not None:
                 try:
-                    _clear(path, partial, _sibling(path, _REPLACED, suffix))
+                    _clear(path, partial, aside)
                 finally:
                     os.close(lock)
 

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from tptrain.errors import Problem, ProblemsError, raise_if_any, refuse
 from tptrain.weights.stored_tensor import StoredTensor
-from tptrain.weights.untrusted import bounded_json, link_problems
+from tptrain.weights.untrusted import bounded_json, link_problems, printable
 
 TensorsByFile = Mapping[str, Mapping[str, StoredTensor]]
 
@@ -44,7 +44,7 @@ def read_index(path: Path, setting: str) -> Index:
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise bad("must map tensor names to files", "it has no weight_map, or an empty one")
-    wrong = [f"{name}: {file!r}" for name, file in weight_map.items() if not isinstance(file, str)]
+    wrong = [f"{printable(name)}: {file!r}" for name, file in weight_map.items() if not isinstance(file, str)]
     if wrong:
         raise bad("must map tensor names to file names", "; ".join(wrong))
     unclear = sorted({repr(name) for entry in weight_map.items() for name in entry if not _is_clear(name)})
