@@ -2,7 +2,6 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.NOTPARALLEL:
 
 PYTHON ?= python3
 export PYTHON
@@ -13,6 +12,7 @@ BIN := $(VENV)/bin
 BUILT := $(VENV)/.built
 
 # Each folder of tests is a pytest process of its own: what JAX and torch_xla are set to once holds for a process.
+# Two at a time: most of their time goes into compiling on one core.
 TEST_FOLDERS := $(patsubst tests/%/,test-%,$(sort $(dir $(wildcard tests/*/test_*.py))))
 TEST_FILES := $(wildcard tests/test_*.py)
 TEST_GROUPS := $(if $(TEST_FILES),test-files) $(TEST_FOLDERS)
@@ -40,7 +40,7 @@ quickstart: $(BUILT) ## train a small model on embedded problems; QUICKSTART_MES
 
 .PHONY: test
 test: $(BUILT) ## lint and all tests, one process per folder of tests; all are run even if one fails
-	@$(MAKE) --no-print-directory --keep-going lint $(TEST_GROUPS)
+	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target lint $(TEST_GROUPS)
 
 .PHONY: test-files $(TEST_FOLDERS)
 test-files: $(BUILT)

@@ -99,14 +99,21 @@ def assert_holds(whole: Tensors, expected: Tensors, padded_vocab: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fsdp", "tensor", "order"),
-    [(2, 4, PERMUTED), (8, 1, IDENTITY), (1, 8, IDENTITY), (4, 2, PERMUTED)],
-    ids=["2x4", "8x1", "1x8", "4x2"],
+    ("data", "fsdp", "tensor", "order"),
+    [
+        (1, 2, 4, PERMUTED),
+        (1, 8, 1, IDENTITY),
+        (1, 1, 8, IDENTITY),
+        (1, 4, 2, PERMUTED),
+        (2, 2, 2, PERMUTED),
+        (8, 1, 1, IDENTITY),
+    ],
+    ids=["2x4", "8x1", "1x8", "4x2", "2x2x2", "replicas"],
 )
 def test_every_mesh_restores_the_same_bits(
-    fsdp: int, tensor: int, order: tuple[int, ...], saved: Saved, close: list[Checkpointer]
+    data: int, fsdp: int, tensor: int, order: tuple[int, ...], saved: Saved, close: list[Checkpointer]
 ) -> None:
-    plan = small.small_plan(fsdp, tensor)
+    plan = small.small_plan(fsdp, tensor, data)
     backend = XlaBackend(plan, order)
     close.append(checkpointer := Checkpointer(plan, backend, saved.folder))
     assert saved_steps(saved.folder) == [STEP]

@@ -7,47 +7,19 @@ import math
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
 
-from tools import convert_ckpt, plot_runs
-from tptrain.backends.base import Backend, HostShards
-from tptrain.backends.make import make_backend
-from tptrain.config import DataSection, ModelSection, Recipe, ScheduleSection
-from tptrain.config.plan import Plan
-from tptrain.config.planning import plan_recipe
+from tools import plot_runs
 from tptrain.errors import ProblemsError
-from tptrain.family import stored_rows
 from tptrain.train.journal import JOURNAL_FILE, Journal, StepRecord, read_journal
-from tptrain.weights import RandomSource, collect_assets
 
 ROOT = Path(__file__).resolve().parents[2]
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-
-# No two sizes are equal; tied, so that one row of the table is not stored.
-SMALL_LLAMA = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 263,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 10,
-    "rope_theta": 20000.0,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": True,
-}
 
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
 
@@ -171,111 +143,6 @@ class TestPlotRuns:
         )
         assert plot_runs.main([run, "--out", str(tmp_path / "none" / "curves.png")]) == 2
         assert "must be a file that can be written (No such file or directory)" in capsys.readouterr().err
-
-
-def small_plan(folder: Path) -> Plan:
-    return plan_recipe(
-        Recipe(
-            name="small",
-            topology="cpu-1",
-            backend="torch",
-            output_dir=str(folder),
-            model=ModelSection(config=dict(SMALL_LLAMA), tokenizer="train"),
-            data=DataSection(seq_len=64),
-            schedule=ScheduleSection(max_steps=2),
-        )
-    )
-
-
-def save_step(plan: Plan, backend: Backend, folder: Path) -> dict[str, HostShards]:
-    """A checkpoint step 2 of random weights with its run's assets; returns the weights."""
-    from tptrain.ckpt.checkpointer import Checkpointer
-
-    buffers = backend.place(RandomSource(5, 0.2))
-    checkpointer = Checkpointer(plan, backend, folder / "checkpoints")
-    checkpointer.save(2, {"params": buffers}, {"step": 2, "hf_config": dict(plan.hf_config)})
-    checkpointer.wait()
-    checkpointer.close()
-    words = {f"w{i}": i for i in range(262)} | {"</s>": 262}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), eos_token="</s>"
-    )
-    collect_assets(folder / "assets", plan.hf_config, tokenizer, None, None)
-    return backend.host_shards(buffers)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, HostShards]]:
-    """The folder of a run with one checkpoint, and the weights in it."""
-    folder: Path = tmp_path_factory.mktemp("converted") / "run"
-    plan = small_plan(folder)
-    return folder, save_step(plan, make_backend(plan), folder)
-
-
-class TestConvertCkpt:
-    @pytest.mark.parametrize("named", ["", "checkpoints", "checkpoints/2"])
-    def test_weights_arrive_bit_for_bit(
-        self, run: tuple[Path, dict[str, HostShards]], named: str, tmp_path: Path
-    ) -> None:
-        folder, saved = run
-        out = tmp_path / "out"
-        assert convert_ckpt.main([str(folder / named), str(out), "--dtype", "float32"]) == 0
-        written = load_file(out / "model.safetensors")
-        rows = {row.name: row for row in stored_rows(small_plan(folder).table)}
-        assert set(written) == set(rows)
-        for name, row in rows.items():
-            unpadded = saved[name].shards[0][tuple(slice(0, n) for n in row.size)]
-            assert written[name].dtype == torch.float32 and torch.equal(written[name], unpadded), name
-        config = json.loads((out / "config.json").read_text())
-        assert (config["dtype"], config["torch_dtype"]) == ("float32", "float32")
-
-    def test_default_is_bfloat16_and_shards_are_small(
-        self, run: tuple[Path, dict[str, HostShards]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        out = tmp_path / "out"
-        assets = ["--assets", str(run[0] / "assets")]
-        assert convert_ckpt.main([str(run[0]), str(out), "--max-shard-gb", "2e-5", *assets]) == 0
-        files = sorted(out.glob("*.safetensors"))
-        assert len(files) > 1 and (out / "model.safetensors.index.json").exists()
-        assert all(t.dtype == torch.bfloat16 for path in files for t in load_file(path).values())
-        assert f"{run[0]}/checkpoints/2 -> {out}: " in capsys.readouterr().out
-
-    def test_bad_options_are_listed_together(self, tmp_path: Path) -> None:
-        words = ["--dtype", "bloat16", "--max-shard-gb", "-1"]
-        with pytest.raises(ProblemsError) as caught:
-            convert_ckpt.check(convert_ckpt.parse(["x", str(tmp_path / "out"), *words]))
-        first, second = caught.value.problems
-        known = "known: bfloat16, float16, float32"
-        assert (first.setting, first.value, first.other) == ("--dtype", "bloat16", known)
-        assert first.rule == "is not a known weight format" and "did you mean it?" in first.fix
-        shown = (second.setting, second.value, second.rule, second.other, second.fix)
-        rule = "must be a number above 0"
-        assert shown == ("--max-shard-gb", "-1", rule, "it is the largest file in GB", "5")
-
-    @pytest.mark.parametrize("size", ["0", "nan", "inf", "five"])
-    def test_sizes_that_are_none(self, size: str) -> None:
-        with pytest.raises(ProblemsError, match="--max-shard-gb"):
-            convert_ckpt.check(convert_ckpt.parse(["x", "y", "--max-shard-gb", size]))
-
-    def test_bad_folders(
-        self, run: tuple[Path, dict[str, HostShards]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        folder, out, none = str(run[0]), str(tmp_path / "out"), str(tmp_path / "none")
-        assert convert_ckpt.main([none, out]) == 2
-        rule = "must be a checkpoint step, or a run that has one"
-        advice = "use RUN/checkpoints/STEP"
-        assert f"CHECKPOINT={none}: {rule} (no step in {none}); {advice}" in capsys.readouterr().err
-        assert convert_ckpt.main([folder, folder]) == 2
-        assert f"OUT={folder}: must not exist yet" in capsys.readouterr().err
-        assert convert_ckpt.main([folder, out, "--assets", none]) == 2
-        assert f"assets={none}: " in capsys.readouterr().err
-        assert not Path(out).exists()
-
-    def test_no_traceback(self, tmp_path: Path) -> None:
-        command = [sys.executable, "tools/convert_ckpt.py", "none", str(tmp_path / "out"), "--dtype", "int8"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 2 and done.stdout == ""
-        assert done.stderr.startswith("convert_ckpt: 1 problem:\n  - --dtype=int8: ")
 
 
 def run_make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

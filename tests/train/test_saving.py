@@ -6,6 +6,7 @@ import shutil
 from contextlib import contextmanager
 
 import pytest
+import torch
 from rich.console import Console
 
 from tests.train.steps import journal_steps, journal_values, published
@@ -16,7 +17,9 @@ from tptrain.config.planning import plan_recipe
 from tptrain.errors import ProblemsError
 from tptrain.train.folder import RunFolder, folder_problems
 from tptrain.train.journal import read_events, read_journal
+from tptrain.train.loop import Progress
 from tptrain.train.run import train
+from tptrain.train.saving import Saver
 
 NO_EXPORT = ExportSection(enabled=False)
 
@@ -187,3 +190,32 @@ def test_a_last_save_that_fails_ends_the_run_and_the_step_before_stays(recipe, f
     assert published(folder) == [2, 4]
     train(plan_recipe(recipe(**longer)))
     assert published(folder) == [4, 5]
+
+
+class FullCheckpointer:
+    """Stands in for one whose saves do not even start as long as `full` is set."""
+
+    def __init__(self):
+        self.full, self.saved = True, []
+
+    def save(self, step, parts, run, metrics):
+        if self.full:
+            raise SaveError(f"step {step} could not be saved")
+        self.saved.append((step, run["cursor"], set(parts), metrics))
+
+    def wait(self):
+        pass
+
+
+def test_a_save_that_does_not_start_is_told_at_once_and_raised_when_it_counts():
+    checkpointer, told = FullCheckpointer(), []
+    saver = Saver(checkpointer, {"seeds": {}}, told.append)
+    state = {f"{part}/a": torch.ones(2) for part in ("params", "mu", "nu")}
+    saver.save(state, Progress(3, 12), {})
+    assert told == ["step 3 could not be saved"]
+    with pytest.raises(SaveError):
+        saver.wait()
+    checkpointer.full = False
+    saver.save(state, Progress(4, 16), {"loss": 2.0})
+    saver.wait()
+    assert checkpointer.saved == [(4, 16, {"params", "mu", "nu"}, {"loss": 2.0})]

@@ -118,9 +118,9 @@ class SafetensorsWriter:
             self._written_bytes += count
         length = self._written_bytes - self._flushed_bytes
         if length >= _FLUSH_BYTES:
-            # Linux starts to write these pages to the disk, so `finish` waits less: 1 GiB of float32 exports in
-            # 0.34 s, without it in 0.43 s (medians of 16; 2 cores, ext4, Linux 6.18). Being dirty, the pages
-            # stay cached, where they are read back from.
+            # Linux starts to write these pages to the disk, so `finish` waits less: 1 GiB of float32 is
+            # exported in 0.34 s, without this in 0.43 s (medians of 16; 2 shared cores, ext4, Linux 6.18).
+            # Being dirty, the pages stay in the cache, from which they are read back.
             os.posix_fadvise(self._file.fileno(), self._flushed_bytes, length, os.POSIX_FADV_DONTNEED)
             self._flushed_bytes += length
 

@@ -79,7 +79,7 @@ def staged_folder(
     """A new folder that becomes `path` when the block ends, or is removed when the block raises.
 
     verify: called with the folder when the block has ended and all is on the disk; raises to keep it from
-    being published. overwrite: replace the folder that is at `path`, which stays until then.
+    being published. overwrite: replace the model folder that is at `path`, which stays until then.
 
     A process killed in the block leaves a `<name>.partial-...` folder, which no reader takes for the result
     and which the next writer removes. One killed while it replaces a folder leaves the complete earlier or
