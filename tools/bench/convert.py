@@ -1,21 +1,21 @@
-"""What converting a checkpoint to a Hugging Face folder costs, beside cp and the ways that hold a whole model.
+"""What converting a checkpoint to a Hugging Face folder costs, beside cp and ways that hold a whole model.
 
     python tools/bench/convert.py                          0.4 and 1.6 GB of bfloat16, under five minutes
     python tools/bench/convert.py --gb 1 4 --pairs 5 --folder /mnt/disk
     python tools/bench/convert.py --shape 3b --pairs 2     3.2 billion parameters: 38 GB with their moments
 
-Checkpoints are made as training saves them: float32 weights and both moments. Conversions write bfloat16, flush
-it to the disk and read it back to compare digests; their times are without imports. The yardsticks run in turns
-with them, A B A B, in the same process; the first round is left out. Each line of a round gives seconds. All
-files are deleted at the end. The last line is a JSON object; ratios are medians over the rounds of bytes per
-second of the conversion over those of the yardstick, above 1 is faster than it:
+Checkpoints are made as training saves them: float32 weights and both moments. Conversions write bfloat16,
+flush it to the disk and read it back to compare digests; their times are without imports. The yardsticks run
+in turns with them, A B A B, in the same process; the first round is left out. Every round is a line of
+seconds. All files are deleted at the end. The last line is a JSON object; a ratio is the median over the
+rounds of the conversion's bytes per second over the yardstick's, above 1: the conversion is faster.
 
-rss_growth_gb                    per size: the peak memory of a converting process over what it had after imports
-convert_seconds, convert_gb_per_second: of the output, per size, median
-throughput_over_cp               cp of the output files, which ends with them in the page cache; largest size
-throughput_over_cp_and_sync      the same, and flushing them to the disk as the conversion does; largest size
-throughput_over_save_pretrained  transformers, float32 in memory: cast to bfloat16 and save; smallest size
-throughput_over_cpu_gather       8 virtual devices: .cpu() of each sharded tensor, cast, save_file; smallest size
+rss_growth_gb            per size: peak memory of a converting process over what it had after its imports
+convert_seconds, convert_gb_per_second: per size, of the output, median
+throughput_over_cp       cp of the output files, which leaves them in the page cache; at the largest size
+throughput_over_cp_and_sync: the same, then flushed to the disk as a conversion does; at the largest size
+throughput_over_save_pretrained: transformers, float32 in memory: cast and save; at the smallest size
+throughput_over_cpu_gather: 8 virtual devices: .cpu() of each sharded tensor, cast, save_file; smallest size
 """
 
 from __future__ import annotations
@@ -135,8 +135,8 @@ def measure(folder: Path, configs: Sequence[Config], pairs: int, whole: bool) ->
                 row_of = child(name, folder, config, pairs)["rounds"]
                 show(row_of)
                 found[f"throughput_over_{name}"] = over(row_of, name)
-        for part in ("stages",) if config is configs[-1] else ():
-            print("alone, in seconds:", shown(child(part, folder, config)), flush=True)
+        if config is configs[-1]:
+            print("each stage alone:", shown(child("stages", folder, config)), flush=True)
         shutil.rmtree(folder / "run")
     return {
         "rss_growth_gb": growth,
@@ -164,13 +164,11 @@ def shown(row: Round) -> str:
 
 def child(part: str, folder: Path, config: Config, pairs: int = 1) -> dict[str, Any]:
     """One part in a process of its own; its numbers."""
-    parameters = 2 * config["vocab_size"] * config["hidden_size"]
-    room = shutil.disk_usage(folder).free
-    if part == "make" and room < (needed := room_needed(config)):
+    room, needed = shutil.disk_usage(folder).free, room_needed(config)
+    if part == "make" and room < needed:
         raise BenchError(
             f"{folder} has {room / 1e9:.1f} GB free, this needs {needed / 1e9:.1f} GB: --folder, --gb"
         )
-    assert parameters
     command = [
         sys.executable,
         "-m",

@@ -1,4 +1,4 @@
-"""The parts of tools/bench/convert.py, each run in a process of its own: PART FOLDER CONFIG PAIRS; prints JSON."""
+"""The parts of tools/bench/convert.py, each in a process of its own: PART FOLDER CONFIG PAIRS; JSON out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,10 @@ def main(part: str, folder: Path, config: Config, pairs: int) -> dict[str, Any]:
     devices = DEVICES if part == "cpu_gather" else 1
     set_environment(parse_topology(f"cpu-{devices}"), os.environ)
     setup_jax(devices)
-    if part in ("make", "memory", "stages"):
-        return {"make": make, "memory": memory, "stages": stages}[part](folder, config)
+    once: dict[str, Callable[[Path, Config], dict[str, Any]]]
+    once = {"make": make, "memory": memory, "stages": stages}
+    if part in once:
+        return once[part](folder, config)
     yardsticks = {"cp": cp, "save_pretrained": save_pretrained, "cpu_gather": cpu_gather}
     return {"rounds": yardsticks[part](folder, config, pairs)}
 
@@ -179,7 +181,7 @@ def stages(folder: Path, config: Config) -> dict[str, float]:
     rows, size = stored_rows(step.table), export_bytes(step.table, "bfloat16")
     path, block = folder / "file", os.urandom(2 * 2**20)
 
-    def drain(items: Any) -> None:
+    def drain(items: Iterable[object]) -> None:
         for _ in items:
             pass
 
@@ -200,8 +202,8 @@ def stages(folder: Path, config: Config) -> dict[str, float]:
             state.update(part.data)
 
     found = {
-        "read_files": timed(lambda: [drain(raw(file)) for file in (folder / STEP / "params").rglob("*")]),
-        "read_and_digest": timed(lambda: [drain(step.reader.read_blocks(row)) for row in rows]),
+        "read_files": timed(lambda: drain(raw_blocks(folder / STEP / "params"))),
+        "read_and_digest": timed(lambda: drain(b for row in rows for b in step.reader.read_blocks(row))),
         "read_digest_and_cast": timed(
             lambda: drain(cast_pieces(rows, step.reader.read_blocks, torch.bfloat16, "dtype"))
         ),
@@ -215,12 +217,14 @@ def stages(folder: Path, config: Config) -> dict[str, float]:
     return found
 
 
-def raw(path: Path) -> Any:
-    if path.is_file():
-        buffer = bytearray(4 * 2**20)
-        with path.open("rb", buffering=0) as file:
-            while file.readinto(buffer):
-                yield None
+def raw_blocks(folder: Path) -> Iterator[int]:
+    """Read every file below a folder into one buffer; gives the bytes of each read."""
+    buffer = bytearray(4 * 2**20)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb", buffering=0) as file:
+                while count := file.readinto(buffer):
+                    yield count
 
 
 def alternated(folder: Path, pairs: int, name: str, yardstick: Callable[[], None]) -> list[dict[str, float]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from tptrain.ckpt.host_array import HostArray, Pieces, array_item_handler
 from tptrain.ckpt.publishing import publish
 from tptrain.ckpt.steps import PARAMS, RUN
 from tptrain.family import ParamRow, stored_rows
+
+# How tensorstore marks an error of the system in its message.
+_OS_ERROR = "os_error_code="
 
 OnBytes = Callable[[int], None]
 
@@ -35,6 +39,7 @@ def write_step(
             are in memory at a time.
     progress: told the bytes of each block as it is handed on.
     moments: item name, such as "mu" -> where its values are read from, in the same way.
+    Raises OSError when the step cannot be written; what `source` raises passes through.
     """
     sources = {PARAMS: source, **(moments or {})}
     made = {item: array_item_handler() for item in sources}
@@ -44,10 +49,21 @@ def write_step(
         item: ocp.args.PyTreeSave({row.name: _array(row, of, dtype, progress) for row in stored_rows(table)})
         for item, of in sources.items()
     }
-    with ocp.Checkpointer(items) as orbax:
+    with ocp.Checkpointer(items) as orbax, _os_errors():
         args = ocp.args.Composite(**{RUN: ocp.args.JsonSave(dict(run))}, **arrays)
         orbax.save(step_folder.absolute(), args=args)
     publish(step_folder, int(run["step"]), {}, {item: writer for item, (_, writer) in made.items()})
+
+
+@contextmanager
+def _os_errors() -> Iterator[None]:
+    """tensorstore has errors of the system as other kinds; they become OSErrors again."""
+    try:
+        yield
+    except (ValueError, MemoryError) as error:
+        if _OS_ERROR not in str(error):
+            raise
+        raise OSError(str(error).splitlines()[0]) from error
 
 
 def _array(row: ParamRow, source: TensorSource, dtype: str, progress: OnBytes) -> HostArray:

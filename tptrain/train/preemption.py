@@ -88,6 +88,11 @@ class Preemption:
         """Where to announce what happens, from now on."""
         self._say, self._journal = say, journal
 
+    def take_back(self) -> None:
+        """Install the handler anew: `jax.distributed.initialize`, after which to call it, puts its own there."""
+        if self.watching:
+            signal.signal(signal.SIGTERM, _do_nothing)
+
     def start_from(self, step: int) -> None:
         """The step that the run starts from is known."""
         self._step = step
@@ -202,4 +207,5 @@ def _do_nothing(number: int, frame: FrameType | None) -> None:
 
 
 def _print(line: str) -> None:
-    print(line, flush=True)
+    sys.stdout.write(f"{line}\n")  # whole, whatever other threads print
+    sys.stdout.flush()
