@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,22 +65,35 @@ def test_it_answers_as_the_folder_does(pretrained: Path, converted: Path) -> Non
     assert answer(converted, *words, raw=True) == from_folder and from_folder
 
 
-def test_a_token_in_the_environment_goes_nowhere(tmp_path: Path) -> None:
-    """Both ways and a hub id that cannot be had; looked for in all output and in every file."""
+def put_into_hub_cache(source: Path, home: Path, name: str) -> None:
+    """Lay a model folder out as a download of the hub id `name`."""
+    cache = home / "hub" / f"models--{name.replace('/', '--')}"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("0123abc")
+    shutil.copytree(source, cache / "snapshots" / "0123abc")
+
+
+def test_hub_ids_and_a_token_that_goes_nowhere(tmp_path: Path) -> None:
+    """Both ways, a hub id in the cache and one that cannot be had; all output and every file is searched."""
     source = write_model(tmp_path / "source")
+    put_into_hub_cache(source, tmp_path / "home", "somebody/some-model")
     environ = {**os.environ, "HF_TOKEN": SENTINEL, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     commands = [
         ["source", "out", "--verify"],
         ["out", "back", "--verify"],
         ["inspect", "out", "--json"],
         ["diff", "out", "back"],
+        ["somebody/some-model", "from-hub", "--verify=digests"],
+        ["diff", "out", "from-hub"],
         ["nobody/no-such-model", "none"],
     ]
     code = f"from tools import convert_ckpt\nprint([convert_ckpt.main(words) for words in {commands}])"
     environ["PYTHONPATH"] = str(ROOT)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environ, capture_output=True)
     told = done.stdout + done.stderr
-    assert source.is_dir() and done.stdout.endswith(b"[0, 0, 0, 1, 2]\n"), told.decode()
+    assert done.stdout.endswith(b"[0, 0, 0, 1, 0, 1, 2]\n"), told.decode()
+    # The two checkpoints differ in where they come from, and in nothing else.
+    assert b"30 tensors\nother facts: 1\n  run.source.name: source / somebody/some-model\n" in done.stdout
     assert b"SOURCE=nobody/no-such-model: must be a folder, or a hub id" in told
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) > 80 and SENTINEL.encode() not in told

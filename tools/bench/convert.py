@@ -36,6 +36,9 @@ from typing import Any
 
 _VERSIONED = ("tptrain", "torch", "torch_xla", "jax", "orbax-checkpoint", "tensorstore", "safetensors")
 
+# A gather takes about 30 times as long as a conversion, so a few show enough.
+_GATHERS = 2
+
 Config = dict[str, Any]
 Round = Mapping[str, float]
 
@@ -131,8 +134,8 @@ def measure(folder: Path, configs: Sequence[Config], pairs: int, whole: bool) ->
         seconds.append(round(median(row["convert"] for row in rounds), 3))
         speeds.append(round(output_bytes / 1e9 / seconds[-1], 3))
         if whole and index == 0:
-            for name in ("save_pretrained", "cpu_gather"):
-                row_of = child(name, folder, config, pairs)["rounds"]
+            for name, most in (("save_pretrained", pairs), ("cpu_gather", _GATHERS)):
+                row_of = child(name, folder, config, min(pairs, most))["rounds"]
                 show(row_of)
                 found[f"throughput_over_{name}"] = over(row_of, name)
         if config is configs[-1]:

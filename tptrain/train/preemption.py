@@ -89,7 +89,7 @@ class Preemption:
         self._say, self._journal = say, journal
 
     def take_back(self) -> None:
-        """Install the handler anew: `jax.distributed.initialize`, after which to call it, puts its own there."""
+        """Install the handler anew: call it after `jax.distributed.initialize`, which puts its own there."""
         if self.watching:
             signal.signal(signal.SIGTERM, _do_nothing)
 

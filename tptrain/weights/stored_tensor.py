@@ -51,8 +51,8 @@ class StoredTensor:
     def read_blocks(self, max_bytes: int) -> Iterator[torch.Tensor]:
         """The tensor from its first to its last row, as private blocks of whole rows along dim 0.
 
-        max_bytes: the most bytes of a block; a row that has more is a block of its own. Memory for blocks of 32
-        MB and more comes fresh from the system each time: 1 GiB then takes 0.56 s in place of 0.12 s.
+        max_bytes: the most bytes of a block; a row that has more is a block of its own. Memory for blocks of
+            32 MB and more comes fresh from the system each time: 1 GiB then takes 0.56 s in place of 0.12 s.
         An empty or 0-d tensor is one block. Only the blocks themselves count as memory of this process: see
         `byte_blocks`. Raises OSError if the file has become shorter since it was opened.
         """
