@@ -11,8 +11,8 @@ from tptrain.ckpt.reading import StepReader, check_tree, readable
 from tptrain.ckpt.steps import PARAMS
 from tptrain.errors import raise_if_any, refuse
 from tptrain.family import ParamRow, facts_from_config, parameter_table, stored_rows
+from tptrain.hf_files import tokenizer_files
 from tptrain.weights import export_folder
-from tptrain.weights.hf_files import tokenizer_files
 
 GB = 1_000_000_000
 

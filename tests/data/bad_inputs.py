@@ -215,7 +215,7 @@ BAD_INPUTS: list[BadInput] = [
     ),
     BadInput(
         "folder without a tokenizer", lambda tmp: load_tokenizer(ModelSection(pretrained=str(tmp))),
-        "model.pretrained", "", "must hold a tokenizer", "transformers: ", TOKENIZER_FILES,
+        "model.pretrained", "", "must hold a tokenizer", "it has no tokenizer files", "tokenizer.json",
     ),
     BadInput(
         "tokenizer file that does not parse", lambda tmp: damaged_tokenizer(tmp, '{"version": '),
@@ -228,7 +228,7 @@ BAD_INPUTS: list[BadInput] = [
     ),
     BadInput(
         "tokenizer on the hub, out of reach", lambda _: load_tokenizer(ModelSection(tokenizer="nobody/none")),
-        "model.tokenizer", "nobody/none", "must hold a tokenizer", "transformers: ", TOKENIZER_FILES,
+        "model.tokenizer", "nobody/none", "must be a folder, or a hub id", "the hub: ", "a local folder",
     ),
     BadInput(
         "tokenizer larger than the model",

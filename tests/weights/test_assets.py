@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from tests.weights.small_llama import read_config, saved_model, small_tokenizer
 from tptrain.errors import ProblemsError
+from tptrain.hf_files import tokenizer_files
 from tptrain.weights import collect_assets
-from tptrain.weights.hf_files import tokenizer_files
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from tests.weights.small_llama import read_config, saved_model, saved_table, sma
 from tptrain.config.schema import ModelSection
 from tptrain.data.tokenizer import load_tokenizer
 from tptrain.errors import ProblemsError
+from tptrain.untrusted import MAX_JSON_DEPTH, read_json
 from tptrain.weights import SafetensorsSource, collect_assets, require_tokenizer
-from tptrain.weights.untrusted import MAX_JSON_DEPTH, read_json
 
 
 def hub_snapshot(tmp_path: Path, shared: bool, inside: str = ".") -> Path:
@@ -139,7 +139,8 @@ def test_loading_a_tokenizer_does_not_run_the_checkpoints_code(
 ) -> None:
     folder, sentinel = tmp_path / "evil", tmp_path / "sentinel"
     checkpoint_with_code(folder, sentinel, own_model_type)
-    monkeypatch.setattr("sys.stdin", io.StringIO(""))  # transformers asks there whether to run the code
+    answers = io.StringIO("y\n" * 9)  # transformers asks there whether to run the code
+    monkeypatch.setattr("sys.stdin", answers)
     with pytest.raises(ProblemsError, match="code"):
         load_tokenizer(ModelSection(tokenizer=str(folder)))
     with pytest.raises(ProblemsError, match="must not need code of its own"):

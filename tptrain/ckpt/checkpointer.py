@@ -8,6 +8,7 @@ deleted only then.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -84,6 +85,8 @@ class Checkpointer:
         if self.in_flight is not None:
             self._say(f"Step {step} waits to be saved until step {self.in_flight} is written.")
         self._join()
+        if self._orbax is None:
+            self._clear_leftovers()
         self._error = None
         self._on_phase("begin", "save", step)
         try:
@@ -144,12 +147,17 @@ class Checkpointer:
     def _failed(self, step: int, error: Exception) -> SaveError:
         """The error of a failed save, whose files are removed so that the next one has their room."""
         self._orbax = None
-        if is_primary():
-            remove_leftovers(self._folder)
+        self._clear_leftovers()
         steps = with_metrics(self._folder)
         newest = f"step {steps[-1].step} is the newest one saved" if steps else "no step is saved yet"
         reason = str(error).strip().split("\n")[0]
         return SaveError(f"step {step} could not be saved in {self._folder}: {reason}; {newest}")
+
+    def _clear_leftovers(self) -> None:
+        """Remove what a failed save has written; what is still written to, at the next save."""
+        if is_primary():
+            with contextlib.suppress(OSError):
+                remove_leftovers(self._folder)
 
     def _join(self) -> None:
         if self._thread is not None:

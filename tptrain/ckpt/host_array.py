@@ -81,14 +81,20 @@ class HostArrayHandler(TypeHandler):
     async def _write(self, values: Sequence[HostArray], infos: Sequence[ParamInfo]) -> None:
         context = ts.Context()
         queue: deque[tuple[Any, int]] = deque()
-        for value, info in zip(values, infos, strict=True):
-            await info.await_path_creation()
-            for future, num_bytes in self._start(value, info.name, Path(info.path), context):
-                queue.append((future, num_bytes))
-                while sum(size for _, size in queue) > IN_FLIGHT_BYTES:
-                    queue.popleft()[0].result()
-        for future, _ in queue:
-            future.result()
+        try:
+            for value, info in zip(values, infos, strict=True):
+                await info.await_path_creation()
+                for started in self._start(value, info.name, Path(info.path), context):
+                    queue.append(started)
+                    while sum(size for _, size in queue) > IN_FLIGHT_BYTES:
+                        queue.popleft()[0].result()
+            for future, _ in queue:
+                future.result()
+        except BaseException:
+            # What was started goes on writing; nobody may clear the folder away under it.
+            for future, _ in queue:
+                future.exception()
+            raise
 
     def _start(
         self, value: HostArray, name: str, folder: Path, context: ts.Context

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tptrain.config.schema import Recipe
-from tptrain.errors import refuse
+from tptrain.errors import raise_if_any, refuse
+from tptrain.untrusted import bounded_json, link_problems
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 
@@ -70,6 +71,7 @@ def read_config_file(recipe: Recipe) -> dict[str, Any] | None:
 def _config_in(folder: Path, source: str) -> Path:
     """Where a checkpoint folder keeps its config.json; a step of a run keeps it in the run's `assets`."""
     if (folder / "config.json").exists():
+        raise_if_any(link_problems(folder, ["config.json"], "model.pretrained"))
         return folder / "config.json"
     if folder.parent.name == "checkpoints":
         assets = folder.parent.parent / "assets" / "config.json"
@@ -91,7 +93,7 @@ def _listing(folder: Path) -> str:
 def read_config(path: Path, setting: str, value: str) -> dict[str, Any]:
     """A JSON object from a file. setting, value: what the user gave, for the problem if it cannot be read."""
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = bounded_json(path)
     except OSError as error:
         raise refuse(
             setting, value, "must be readable", f"{path}: {error.strerror}", "a file that you may read"
@@ -101,6 +103,9 @@ def read_config(path: Path, setting: str, value: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         other = f"{path}, line {error.lineno}, column {error.colno}: {error.msg}"
         raise refuse(setting, value, "must be JSON", other, "a config.json that parses") from error
+    except ValueError as error:
+        rule, other = "must be JSON of a usual size", f"{path}: {error}"
+        raise refuse(setting, value, rule, other, "a config.json") from error
     if not isinstance(fields, dict):
         other = f"{path} holds a JSON {type(fields).__name__}"
         raise refuse(setting, value, "must be a JSON object", other, '{"model_type": "llama", ...}')

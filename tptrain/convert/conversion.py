@@ -80,7 +80,7 @@ def _to_folder(options: Options, step_folder: Path) -> list[str]:
     lines = [_done(step_folder, out, size, dtype), *_no_tokenizer(step.assets is not None)]
     if options.verify is None:
         return lines
-    return [*lines, *_verified(options.verify, step, open_folder(out, str(out)), dtype)]
+    return [*lines, *_verified(options.verify, step, open_folder(out, str(out), "OUT"), dtype)]
 
 
 def _to_checkpoint(options: Options, model: FolderModel) -> list[str]:

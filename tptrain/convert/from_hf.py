@@ -19,14 +19,14 @@ from tptrain.config.model_config import ConfigsAtHand, choose_config
 from tptrain.errors import Problem, raise_if_any, refuse
 from tptrain.family import ParamRow, parameter_table, stored_rows
 from tptrain.family.table import DTYPE_BYTES
-from tptrain.weights import SafetensorsSource, complete_config
-from tptrain.weights.hf_files import (
+from tptrain.hf_files import (
     CONFIG_FILE,
     GENERATION_FILE,
     copy_tokenizer,
     require_tokenizer,
     tokenizer_files,
 )
+from tptrain.weights import SafetensorsSource, complete_config
 from tptrain.weights.hf_json import generation_config, read_json, with_token_ids, write_json
 from tptrain.weights.leftovers import partial_folder, recover, swap
 from tptrain.weights.staging import staged_folder, writing
@@ -63,16 +63,16 @@ class FolderModel:
         return sum(row.num_elements for row in stored_rows(self.table)) * DTYPE_BYTES[dtype]
 
 
-def open_folder(folder: Path, name: str) -> FolderModel:
+def open_folder(folder: Path, name: str, setting: str = _SETTING) -> FolderModel:
     """Open a model folder. Raises ProblemsError when it is incomplete, quantised, or no supported model."""
-    config = read_json(folder / CONFIG_FILE, _SETTING)
+    config = read_json(folder / CONFIG_FILE, setting)
     chosen = choose_config(ModelSection(pretrained=name), ConfigsAtHand(checkpoint=config))
     raise_if_any(chosen.problems)
     assert chosen.facts is not None
     table = parameter_table(chosen.facts)
-    source = SafetensorsSource(folder, table, _SETTING)
+    source = SafetensorsSource(folder, table, setting)
     if tokenizer_files(folder):
-        require_tokenizer(folder, _SETTING)
+        require_tokenizer(folder, setting)
     empty = {row.name: source.read(row, tuple(slice(0, 0) for _ in row.size)) for row in stored_rows(table)}
     dtypes = {name: _DTYPE_NAMES[tensor.dtype] for name, tensor in empty.items()}
     return FolderModel(folder, name, config, table, source, dtypes)

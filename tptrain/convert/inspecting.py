@@ -25,7 +25,7 @@ from tptrain.ckpt.steps import PARAMS, RUN
 from tptrain.convert.progress import size_text
 from tptrain.convert.sources import Found
 from tptrain.errors import refuse
-from tptrain.weights.hf_files import INDEX_FILE, SINGLE_FILE
+from tptrain.hf_files import INDEX_FILE, SINGLE_FILE
 from tptrain.weights.safetensors_files import open_checkpoint
 from tptrain.weights.safetensors_header import FLOAT_DTYPES
 from tptrain.weights.stored_tensor import StoredTensor

@@ -16,8 +16,8 @@ from tptrain.convert.sources import Found
 from tptrain.errors import refuse
 from tptrain.family import ParamRow, facts_from_config, parameter_table
 from tptrain.family.table import DTYPE_BYTES
+from tptrain.hf_files import CONFIG_FILE, GENERATION_FILE
 from tptrain.weights import complete_config
-from tptrain.weights.hf_files import CONFIG_FILE, GENERATION_FILE
 from tptrain.weights.hf_json import generation_config, read_json, with_token_ids
 from tptrain.weights.safetensors_files import open_checkpoint
 from tptrain.weights.stored_tensor import StoredTensor

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tptrain.ckpt.steps import find_step, is_step_folder
 from tptrain.errors import Problem, refuse
-from tptrain.weights.hf_files import CONFIG_FILE, CONFIG_FILES, TOKENIZER_FILES, WEIGHT_FILES, local_folder
+from tptrain.hf_files import CONFIG_FILE, CONFIG_FILES, TOKENIZER_FILES, WEIGHT_FILES, local_folder
 
 _ALL_FILES = (*CONFIG_FILES, *WEIGHT_FILES, *TOKENIZER_FILES)
 _WHICH = "--from-step"

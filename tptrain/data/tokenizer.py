@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from tptrain.config.recipe_checks import SMALLEST_TRAINED_VOCAB
 from tptrain.config.schema import ModelSection
 from tptrain.errors import Problem, refuse
+from tptrain.hf_files import CONFIG_FILE, TOKENIZER_FILES, local_folder, require_tokenizer
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 
@@ -40,8 +41,11 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerFast:
         setting, source = "model.pretrained", section.pretrained
     rule = "must hold a tokenizer"
     fix = "model.tokenizer=FOLDER with tokenizer.json and tokenizer_config.json"
+    # First of all without code of its own: transformers would ask whether to run it.
+    folder = local_folder(_tokenizer_folder(source), setting, (*TOKENIZER_FILES, CONFIG_FILE))
+    require_tokenizer(folder, setting)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(_tokenizer_folder(source)))
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
     except Exception as error:  # the tokenizers library raises Exception itself for a broken tokenizer.json
         other = f"transformers: {type(error).__name__}: {str(error).strip()}".splitlines()[0]
         raise refuse(setting, source, rule, other, fix) from error

@@ -57,10 +57,16 @@ def folder_problems(plan: Plan, folder: RunFolder) -> list[Problem]:
     if place is not None:
         return [place]
     problems = [*_resume_problems(plan, folder), *_room_problems(plan, folder)]
-    if plan.export_dir is not None:
-        needed = export_bytes(plan.table, plan.recipe.export.dtype)
-        problems += check_export_target(Path(plan.export_dir), "export.path", needed)
-    return problems
+    # Of a run that goes on it is looked at later: it may be finished, export and all.
+    return problems if resumes(plan, folder) else [*problems, *export_problems(plan)]
+
+
+def export_problems(plan: Plan) -> list[Problem]:
+    """Why the export at the end of the run could not be written."""
+    if plan.export_dir is None:
+        return []
+    needed = export_bytes(plan.table, plan.recipe.export.dtype)
+    return check_export_target(Path(plan.export_dir), "export.path", needed)
 
 
 def _place_problem(root: Path) -> Problem | None:

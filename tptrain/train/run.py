@@ -21,7 +21,7 @@ from tptrain.errors import Problem, TptrainError, raise_if_any
 from tptrain.eval.exact_match import ExactMatch, Score
 from tptrain.export import export_step
 from tptrain.train.after_step import AfterStep
-from tptrain.train.folder import RunFolder, folder_problems, resumes
+from tptrain.train.folder import RunFolder, export_problems, folder_problems, resumes
 from tptrain.train.inputs import Prepared, prepare, weight_source, write_assets
 from tptrain.train.journal import Journal
 from tptrain.train.loop import Loop
@@ -29,7 +29,7 @@ from tptrain.train.observers import LogLines, Observer, ProgressBar, TensorBoard
 from tptrain.train.preemption import Preemption
 from tptrain.train.saving import Saver, keep_policies, run_item, save_policy
 from tptrain.train.scoring import Scoring
-from tptrain.train.start import NEW_RUN, Start, fresh_start, length_problems, resumed_start
+from tptrain.train.start import NEW_RUN, Start, finished_step, fresh_start, length_problems, resumed_start
 from tptrain.train.summary import print_start, print_summary
 from tptrain.weights import CONFIG_FILES, local_folder
 
@@ -106,7 +106,12 @@ def _train(run: _Run) -> RunResult:
     run.journal.event("begin", "start", 0)
     prepared = prepare(plan, folder, run.console)
     goes_on = resumes(plan, folder)
-    raise_if_any([] if goes_on else length_problems(plan, prepared, NEW_RUN))
+    finished = finished_step(plan, folder, prepared)
+    if finished is not None:
+        run.say(f"The run is finished: step {finished} is saved{' and exported' * bool(plan.export_dir)}.")
+        exported = Path(plan.export_dir) if plan.export_dir is not None else None
+        return RunResult(folder.root, folder.step(finished), exported, None, None)
+    raise_if_any(export_problems(plan) if goes_on else length_problems(plan, prepared, NEW_RUN))
     backend = make_backend(plan)
     scoring = _scoring(run, backend, prepared)
     source = None if goes_on else weight_source(plan)

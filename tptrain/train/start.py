@@ -9,7 +9,7 @@ from typing import Any
 
 from tptrain.backends.base import Backend, Tensors, TensorSource
 from tptrain.ckpt.checkpointer import Checkpointer
-from tptrain.ckpt.reading import PARAMS
+from tptrain.ckpt.reading import PARAMS, read_run
 from tptrain.ckpt.restoring import restore_part
 from tptrain.ckpt.steps import set_aside
 from tptrain.config.plan import Plan
@@ -76,6 +76,23 @@ def resumed_start(
     state = join_parts(restored.parts, not_halted(backend))
     progress = Progress(going_on.step, going_on.cursor)
     return Start(state, progress, length_from(plan, prepared, going_on), going_on.lines)
+
+
+def finished_step(plan: Plan, folder: RunFolder, prepared: Prepared) -> int | None:
+    """The last step of a run that has nothing left to do: all steps are saved, and the export is written.
+
+    What a run that was killed at its very end finds when its command is given again. None for any other run.
+    """
+    steps = folder.steps()
+    if plan.recipe.resume != "auto" or not steps:
+        return None
+    try:
+        going_on = continuation(plan, read_run(folder.step(steps[-1])), prepared.data_digest)
+    except (OSError, ValueError, KeyError):  # a damaged step, of which restoring it will tell
+        return None
+    is_last = going_on.step == length_from(plan, prepared, going_on).total_steps
+    exported = plan.export_dir is None or Path(plan.export_dir).is_dir()
+    return going_on.step if is_last and exported and not going_on.lines else None
 
 
 def _set_newer_aside(plan: Plan, folder: RunFolder, step: int, say: Callable[[str], None]) -> None:

@@ -1,13 +1,13 @@
 """Weights and the files around them: safetensors in, random initialisation, Hugging Face folders out."""
 
-from tptrain.weights.assets import collect_assets
-from tptrain.weights.hf_files import (
+from tptrain.hf_files import (
     CONFIG_FILES,
     TOKENIZER_FILES,
     WEIGHT_FILES,
     local_folder,
     require_tokenizer,
 )
+from tptrain.weights.assets import collect_assets
 from tptrain.weights.hf_folder import check_export_target, export_bytes, export_folder
 from tptrain.weights.hf_json import complete_config
 from tptrain.weights.random_init import RandomSource

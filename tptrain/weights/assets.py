@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from tptrain.weights.hf_files import (
+from tptrain.hf_files import (
     CONFIG_FILE,
     GENERATION_FILE,
     TOKENIZER_CONFIG_FILE,
     copy_tokenizer,
     require_tokenizer,
 )
+from tptrain.untrusted import read_json
 from tptrain.weights.hf_json import (
     HasTokenIds,
     complete_config,
@@ -22,7 +23,6 @@ from tptrain.weights.hf_json import (
     write_json,
 )
 from tptrain.weights.staging import staged_folder, writing
-from tptrain.weights.untrusted import read_json
 
 
 class Tokenizer(HasTokenIds, Protocol):

@@ -14,7 +14,7 @@ import torch
 
 from tptrain.errors import Problem, refuse
 from tptrain.family.table import DTYPE_BYTES, ParamRow, stored_rows
-from tptrain.weights.hf_files import (
+from tptrain.hf_files import (
     CONFIG_FILE,
     GENERATION_FILE,
     INDEX_FILE,
@@ -23,11 +23,11 @@ from tptrain.weights.hf_files import (
     require_tokenizer,
     tokenizer_files,
 )
+from tptrain.untrusted import read_json
 from tptrain.weights.hf_json import complete_config, generation_config, to_json, with_token_ids, write_json
 from tptrain.weights.row_stream import ReadBlocks, cast_pieces
 from tptrain.weights.safetensors_out import FilePlan, SafetensorsWriter, differences
 from tptrain.weights.staging import staged_folder, target_problems, writing
-from tptrain.weights.untrusted import read_json
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tptrain.family import FAMILIES, ModelFacts, facts_from_config
-from tptrain.weights.untrusted import read_json as read_json
+from tptrain.untrusted import read_json as read_json
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Facts whose names are this package's own; all others are fields of the config.

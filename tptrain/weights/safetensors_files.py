@@ -8,11 +8,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from tptrain.errors import Problem, raise_if_any, refuse
-from tptrain.weights.hf_files import INDEX_FILE, SINGLE_FILE
+from tptrain.hf_files import INDEX_FILE, SINGLE_FILE
+from tptrain.untrusted import link_problems, printable
 from tptrain.weights.safetensors_header import open_file
 from tptrain.weights.safetensors_index import index_problems, read_index
 from tptrain.weights.stored_tensor import StoredTensor
-from tptrain.weights.untrusted import link_problems, printable
 
 # Formats that are pickles or hold one: loading such a file may run whatever its author put into it.
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")

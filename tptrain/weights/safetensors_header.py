@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from tptrain.weights.untrusted import printable
+from tptrain.untrusted import printable
 
 # The names of floating-point types in a header.
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -10,7 +10,7 @@ import torch
 
 from tptrain.errors import Problem, raise_if_any
 from tptrain.family.table import ParamRow, stored_rows
-from tptrain.weights.hf_files import WEIGHT_FILES, local_folder
+from tptrain.hf_files import WEIGHT_FILES, local_folder
 from tptrain.weights.safetensors_files import open_checkpoint
 from tptrain.weights.safetensors_header import FLOAT_DTYPES
 from tptrain.weights.stored_tensor import StoredTensor

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from tptrain.errors import Problem, ProblemsError, raise_if_any, refuse
+from tptrain.untrusted import bounded_json, link_problems, printable
 from tptrain.weights.stored_tensor import StoredTensor
-from tptrain.weights.untrusted import bounded_json, link_problems, printable
 
 TensorsByFile = Mapping[str, Mapping[str, StoredTensor]]
 

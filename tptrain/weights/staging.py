@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from tptrain.errors import Problem, raise_if_any, refuse
-from tptrain.weights.hf_files import CONFIG_FILE
+from tptrain.hf_files import CONFIG_FILE
 from tptrain.weights.leftovers import partial_folder, recover, set_aside, swap
 
 _OTHER_PATH = "another path, or remove it first"

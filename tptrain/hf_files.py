@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tptrain.errors import Problem, raise_if_any, refuse
-from tptrain.weights.untrusted import link_problems, read_json
+from tptrain.untrusted import link_problems, read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
