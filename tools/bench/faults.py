@@ -95,9 +95,9 @@ def measure(folder: Path, wanted: Mapping[str, int], seed: int) -> dict[str, Any
 def steps_for(wanted: Mapping[str, int]) -> int:
     """Steps of a run that is long enough to be killed so often.
 
-    Each kill during a save or between steps leaves a published step more, seldom more than two.
+    Each kill during a save or between steps leaves a published step more, seldom more than four.
     """
-    return SAVE_EVERY * (6 + 3 * (wanted.get("save", 0) + wanted.get("steps", 0)))
+    return SAVE_EVERY * (6 + 5 * (wanted.get("save", 0) + wanted.get("steps", 0)))
 
 
 def command(run: Path, total: int) -> list[str]:
