@@ -89,7 +89,7 @@ def test_a_config_path_may_be_a_folder(tmp_path: Path) -> None:
 
 def test_a_config_that_is_a_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").mkdir()
-    with pytest.raises(ProblemsError, match=r"must be readable .*Is a directory"):
+    with pytest.raises(ProblemsError, match=r"must be readable .*not a regular file"):
         _found(str(tmp_path))
 
 

@@ -194,7 +194,7 @@ def room_needed(config: Config) -> int:
     from tptrain.family import facts_from_config, parameter_table, stored_rows
 
     table = parameter_table(facts_from_config({"model_type": "llama", **config}))
-    return 17 * sum(row.num_elements for row in stored_rows(table)) + 10**9
+    return 16 * sum(row.num_elements for row in stored_rows(table)) + 10**9
 
 
 if __name__ == "__main__":

@@ -96,7 +96,11 @@ def read_config(path: Path, setting: str, value: str) -> dict[str, Any]:
         fields = bounded_json(path)
     except OSError as error:
         raise refuse(
-            setting, value, "must be readable", f"{path}: {error.strerror}", "a file that you may read"
+            setting,
+            value,
+            "must be readable",
+            f"{path}: {error.strerror or error}",
+            "a file that you may read",
         ) from error
     except UnicodeDecodeError as error:
         raise refuse(setting, value, "must be JSON", f"{path}: not UTF-8 text", "a config.json") from error
