@@ -319,7 +319,11 @@ def test_a_bfloat16_row_survives_jax_bit_for_bit(size: tuple[int, int]) -> None:
 def test_the_readmes_snippet_reads_the_weights_in_plain_jax(saved: Saved, tmp_path: Path) -> None:
     """As printed in README.md, in a process with two devices and without tptrain or torch."""
     readme = (Path(small.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    (snippet,) = [part.split("```")[0] for part in readme.split("```python\n")[1:] if "orbax" in part]
+    (snippet,) = [
+        part.split("```")[0]
+        for part in readme.split("```python\n")[1:]
+        if "StandardCheckpointer" in part and "flax" not in part
+    ]
     there = "/path/to/runs/tiny_gsm8k/checkpoints/100/params"
     assert there in snippet
     code = snippet.replace(there, str(saved.step_folder / "params")) + (

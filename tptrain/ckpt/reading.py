@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -40,10 +41,19 @@ def readable(step_folder: Path, setting: str) -> Iterator[None]:
         raise refuse(setting, step_folder, "must be readable", reason, "an intact step") from error
 
 
+# What Orbax's JsonCheckpointHandler names its file.
+_RUN_FILE = "metadata"
+
+
 def read_run(step_folder: Path) -> dict[str, Any]:
-    """The JSON item of a step: step, cursor, seeds, recipe, config, versions."""
-    folder = step_folder.absolute() / RUN
-    run: dict[str, Any] = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder)
+    """The JSON item of a step: step, cursor, seeds, recipe, config, versions.
+
+    Read as the file it is: through Orbax it would start JAX, whose devices a run has yet to set up.
+    Raises OSError or ValueError for what is no such item.
+    """
+    run = json.loads((step_folder / RUN / _RUN_FILE).read_text(encoding="utf-8"))
+    if not isinstance(run, dict):
+        raise ValueError(f"{step_folder / RUN} holds a {type(run).__name__}")
     return run
 
 
