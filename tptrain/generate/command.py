@@ -84,7 +84,8 @@ def answer(
     tokenizer = load_tokenizer(plan.recipe.model)
     backend = make_backend(plan)  # before anything reads the step: JAX takes its devices at its first use
     if not raw and is_step_folder(source):
-        prompt = PRESETS[read_run(source)["recipe"]["data.preset"]].prompt.format(prompt)
+        preset = read_run(source)["recipe"].get("data.preset")  # a converted model folder has none
+        prompt = PRESETS[preset].prompt.format(prompt) if preset else prompt
     ids = encode_prompt(tokenizer, prompt)
     if not ids:
         raise refuse("prompt", repr(prompt), "must have at least one token", "it has 0", "a text")

@@ -44,7 +44,7 @@ def target_problems(
 
 
 def _taken(path: Path, setting: str, other: str) -> list[Problem]:
-    fix = f"{_OTHER_PATH} (tptrain export: --overwrite)"
+    fix = f"{_OTHER_PATH} (convert_ckpt.py: --overwrite)"
     return [Problem(setting, path, "must not exist yet", other, fix)]
 
 
