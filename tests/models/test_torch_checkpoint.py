@@ -25,7 +25,7 @@ def test_tensors_changed_in_place_after_save_are_saved_as_they_were(tmp_path: Pa
             for tensor in buffers.values():
                 tensor.fill_(-1)
         checkpointer.wait()
-        restored = checkpointer.restore(1, PARTS)
+        restored = checkpointer.restore(1, PARTS, lambda run: None)
     finally:
         checkpointer.close()
     assert restored.run == {"step": 1}

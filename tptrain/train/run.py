@@ -108,9 +108,9 @@ def _train(run: _Run) -> RunResult:
     goes_on = resumes(plan, folder)
     finished = finished_step(plan, folder, prepared)
     if finished is not None:
-        run.say(f"The run is finished: step {finished} is saved{' and exported' * bool(plan.export_dir)}.")
-        exported = Path(plan.export_dir) if plan.export_dir is not None else None
-        return RunResult(folder.root, folder.step(finished), exported, None, None)
+        assert plan.export_dir is not None
+        run.say(f"The run is finished: step {finished} is saved and exported.")
+        return RunResult(folder.root, folder.step(finished), Path(plan.export_dir), None, None)
     raise_if_any(export_problems(plan) if goes_on else length_problems(plan, prepared, NEW_RUN))
     backend = make_backend(plan)
     scoring = _scoring(run, backend, prepared)

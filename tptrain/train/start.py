@@ -84,15 +84,17 @@ def finished_step(plan: Plan, folder: RunFolder, prepared: Prepared) -> int | No
     What a run that was killed at its very end finds when its command is given again. None for any other run.
     """
     steps = folder.steps()
-    if plan.recipe.resume != "auto" or not steps:
+    exported = plan.export_dir is not None and Path(plan.export_dir).is_dir()
+    if plan.recipe.resume != "auto" or not steps or not exported:
         return None
     try:
-        going_on = continuation(plan, read_run(folder.step(steps[-1])), prepared.data_digest)
+        run = read_run(folder.step(steps[-1]))
+        going_on = continuation(plan, run, prepared.data_digest)
+        refused = continuation_problems(plan, run)
     except (OSError, ValueError, KeyError):  # a damaged step, of which restoring it will tell
         return None
     is_last = going_on.step == length_from(plan, prepared, going_on).total_steps
-    exported = plan.export_dir is None or Path(plan.export_dir).is_dir()
-    return going_on.step if is_last and exported and not going_on.lines else None
+    return going_on.step if is_last and not refused and not going_on.lines else None
 
 
 def _set_newer_aside(plan: Plan, folder: RunFolder, step: int, say: Callable[[str], None]) -> None:
