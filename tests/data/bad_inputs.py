@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 
+from tests.bad_input import BadInput as BadInput
 from tests.data.tokenizers_of_all_kinds import byte_level_without_bos
 from tptrain.config.schema import DataSection, ModelSection
 from tptrain.data import sources
@@ -19,22 +18,6 @@ from tptrain.errors import raise_if_any
 
 RECORDS = [{"question": "What is 48/2?", "answer": "#### 24"}] * 3
 TEXTS = ["Question: What is 48/2?\nAnswer: #### 24"]
-
-
-@dataclass(frozen=True)
-class BadInput:
-    """One row: `trigger(tmp_path)` raises a ProblemsError with one problem of this setting.
-
-    value: the end of the value that is shown. rule, other, fix: what these parts contain.
-    """
-
-    name: str
-    trigger: Callable[[Path], object]
-    setting: str
-    value: str
-    rule: str
-    other: str
-    fix: str
 
 
 def load(path: str | Path, split: str = "train", subset: str | None = None) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
+from tests.bad_input import BadInput as BadInput
 from tests.weights.small_llama import saved_model, saved_table
 from tptrain.weights import SafetensorsSource
 
@@ -13,22 +13,6 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARDED = "20KB"
 WEIGHTS = "model.pretrained"
-
-
-@dataclass(frozen=True)
-class BadInput:
-    """One row: `trigger(tmp_path)` raises a ProblemsError with one problem of this setting.
-
-    value: the end of the value that is shown. rule, other, fix: what these parts contain.
-    """
-
-    name: str
-    trigger: Callable[[Path], object]
-    setting: str
-    value: str
-    rule: str
-    other: str
-    fix: str
 
 
 def load(folder: Path) -> SafetensorsSource:

@@ -26,9 +26,9 @@ from tptrain.config import (
     ScheduleSection,
 )
 from tptrain.config.planning import plan_recipe
+from tptrain.train.state import PARTS
 from tptrain.weights import RandomSource
 
-PARTS = ("params", "mu", "nu")
 DEVICES = 8
 
 
@@ -69,16 +69,11 @@ class OurSide:
         self.backend = make_backend(self.plan)
         self.parts = {part: self.backend.place(RandomSource(seed, 0.02)) for seed, part in enumerate(PARTS)}
         self.backend.sync()
-        self._checkpointer = Checkpointer(
-            self.plan, self.backend, folder, keep=[KeepLast(100)], say=_fail, on_phase=self._phase
-        )
+        self._checkpointer = Checkpointer(self.plan, self.backend, folder, keep=[KeepLast(100)], say=_fail)
         self.copy_seconds = 0.0
         self.num_bytes = sum(t.nbytes for tensors in self.parts.values() for t in tensors.values())
         self.num_arrays = len(PARTS) * sum(len(b.rows) for b in self.backend.layout.buffers.values())
         self.mesh = "x".join(str(n) for n in self.plan.mesh.axis_sizes.values() if n > 1)
-
-    def _phase(self, kind: str, phase: str, step: int) -> None:
-        pass
 
     def copy(self) -> None:
         """The yardstick: every shard of every tensor to the host, as the runtime does it."""

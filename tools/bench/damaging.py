@@ -17,8 +17,7 @@ from tptrain.ckpt.steps import saved_steps
 from tptrain.config.overrides import apply_overrides
 from tptrain.config.planning import plan_recipe
 from tptrain.config.recipe_file import load_recipe
-
-PARTS = ("params", "mu", "nu")
+from tptrain.train.state import PARTS
 
 
 def damage_all(run: Path, arguments: Sequence[str]) -> dict[str, Any]:

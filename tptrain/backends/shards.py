@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -12,8 +11,6 @@ from tptrain.backends.base import Backend, Buffer, HostShards, InPlaceSource, Te
 from tptrain.family import ParamRow
 
 Slices = tuple[slice, ...]
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 # Slices read at a time: enough to keep a disk busy, few enough to be small beside a buffer.
 _READERS = 4
@@ -55,19 +52,6 @@ def read_buffer_shards(
         for done in [pool.submit(read_row_slice, *read) for read in reads]:
             done.result()
     return shards
-
-
-def one_ahead(items: Iterable[Item], work: Callable[[Item], Result]) -> Iterator[tuple[Item, Result]]:
-    """Each item with what `work` makes of it; the next one is worked on while this one is used."""
-    with ThreadPoolExecutor(1) as worker:
-        previous: tuple[Item, Future[Result]] | None = None
-        for item in items:
-            upcoming = (item, worker.submit(work, item))
-            if previous is not None:
-                yield previous[0], previous[1].result()
-            previous = upcoming
-        if previous is not None:
-            yield previous[0], previous[1].result()
 
 
 def split_rows(buffer: Buffer, shards: Mapping[int, torch.Tensor]) -> dict[str, HostShards]:

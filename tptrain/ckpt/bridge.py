@@ -28,7 +28,7 @@ AxisSizes = Mapping[str, int]
 def live_arrays(plan: Plan, backend: Backend, buffers: Tensors) -> dict[str, jax.Array]:
     """Buffers on the devices, as they are now, as jax.Arrays by row name on JAX's CPU devices.
 
-    The same mesh and specs as in the plan. With several processes each holds its part, as in JAX.
+    The same mesh and specs as in the plan; for a run of one process.
     """
     mesh, sizes = jax_mesh(plan.mesh), plan.mesh.axis_sizes
     rows = {row.name: row for row in stored_rows(plan.table)}

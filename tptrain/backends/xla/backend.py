@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,14 @@ from tptrain.backends.base import (
     Tensors,
     TensorSource,
 )
-from tptrain.backends.shards import one_ahead, read_buffer_shards
+from tptrain.backends.shards import read_buffer_shards
 from tptrain.backends.xla.capture import CapturedStep, compile_count
 from tptrain.backends.xla.passes import apply_passes
 from tptrain.backends.xla.sharding import DeviceMesh
 from tptrain.config.plan import Plan
 from tptrain.mesh import Spec, shard_slices, spec_of
 from tptrain.models.decoder import Decoder
+from tptrain.weights.read_ahead import read_ahead
 
 _BATCH_DIMS = ("act_batch", "act_tokens")
 _CACHE_DIMS = ("act_batch", "act_keys", "act_kv_heads", "act_head_dim")
@@ -51,14 +53,15 @@ class XlaBackend:
         return decoder
 
     def place(self, source: TensorSource) -> Tensors:
-        def read(buffer: Buffer) -> dict[int, torch.Tensor]:
-            slices = shard_slices(buffer.rows[0].padded_size, buffer.row_spec, self.mesh.axis_sizes)
-            return read_buffer_shards(buffer, {p: slices[p] for p in self.local_positions}, source)
+        with closing(read_ahead(self._pieces(source), 1)) as ahead:
+            return {b.name: self.mesh.place(shards, b.shape, b.spec) for b, shards in ahead}
 
-        return {
-            buffer.name: self.mesh.place(shards, buffer.shape, buffer.spec)
-            for buffer, shards in one_ahead(self.layout.buffers.values(), read)
-        }
+    def _pieces(self, source: TensorSource) -> Generator[tuple[Buffer, dict[int, torch.Tensor]]]:
+        """Each buffer with the pieces of this process's devices, on the host."""
+        for buffer in self.layout.buffers.values():
+            slices = shard_slices(buffer.rows[0].padded_size, buffer.row_spec, self.mesh.axis_sizes)
+            mine = {position: slices[position] for position in self.local_positions}
+            yield buffer, read_buffer_shards(buffer, mine, source)
 
     def zeros(self) -> Tensors:
         return {name: self._zero(b.shape, b.spec, b.dtype) for name, b in self.layout.buffers.items()}
