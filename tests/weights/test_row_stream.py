@@ -13,7 +13,7 @@ from tests.weights.small_llama import same_bits
 from tptrain.errors import ProblemsError
 from tptrain.family.table import ParamRow, matrix, norm_scale
 from tptrain.weights import blocks_of
-from tptrain.weights.row_stream import BLOCKS_AHEAD, cast_pieces
+from tptrain.weights.row_stream import PIECES_AHEAD, cast_pieces
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SETTING = "--dtype"
@@ -24,7 +24,7 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype, blocks: int = 1) -> torch.Ten
     row = matrix("w", ("vocab", "embed")[: tensor.ndim], tuple(tensor.shape))
     parts = tensor.tensor_split(blocks) if tensor.ndim else (tensor,)
     with closing(cast_pieces([row], lambda _: iter(parts), dtype, SETTING)) as pieces:
-        return torch.cat([piece for _, piece in pieces]).reshape(tensor.shape)
+        return torch.cat([piece.clone() for _, piece in pieces]).reshape(tensor.shape)
 
 
 @pytest.mark.parametrize("source", DTYPES)
@@ -78,10 +78,10 @@ def wait_until_idle(made: list[int]) -> None:
 @pytest.mark.parametrize(
     ("block_rows", "most"),
     [
-        # Many pieces to a block: the one that is cast, and those in front of it.
-        (4000, 1 + BLOCKS_AHEAD),
-        # A block is one piece: besides, the piece in hand and 2 that wait for it.
-        (2, 3 + BLOCKS_AHEAD),
+        # Many pieces to a block: the one that is being cast.
+        (4000, 1),
+        # A block is one piece: the piece in hand and those that wait for it.
+        (2, 1 + PIECES_AHEAD),
     ],
 )
 def test_reading_is_no_further_ahead_than_it_may_be(block_rows: int, most: int) -> None:
@@ -100,6 +100,15 @@ def test_reading_is_no_further_ahead_than_it_may_be(block_rows: int, most: int) 
         for _ in pieces:
             pass
     assert made == list(range(10))
+
+
+def test_a_piece_keeps_its_values_until_the_next_is_asked_for() -> None:
+    row = matrix("w", ("vocab", "embed"), (9, 2**20))
+    blocks = (torch.full((1, 2**20), float(number)) for number in range(9))
+    with closing(cast_pieces([row], lambda _: blocks, torch.bfloat16, SETTING)) as pieces:
+        for number, (_, piece) in enumerate(pieces):
+            time.sleep(0.01)  # the thread runs as far ahead as it may
+            assert (piece == number).all()
 
 
 def test_rows_come_in_their_order() -> None:

@@ -99,8 +99,8 @@ def export_folder(
     """Write the model folder `out` that transformers and vLLM load; returns its path.
 
     read_blocks: gives a stored row as blocks: CPU tensors of any float dtype, consecutive along dim 0,
-        together exactly `row.size`. It is called once per row, in table order, in a thread of its own that is
-        at most 2 blocks in front of the cast; memory grows by these blocks and some MB.
+        together exactly `row.size`. It is called once per row, in table order, in a thread of its own that
+        also casts, at most 2 pieces ahead of the disk; memory grows by a block and some MB.
     assets: a folder made by `collect_assets`: its tokenizer files are copied byte for byte, and its
         generation_config.json is taken over; None for a model without a tokenizer.
     setting, dtype_setting: where the user chose `out` and `dtype`, for messages.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing
+from contextlib import contextmanager
+from itertools import cycle
 
 import numpy as np
 import torch
@@ -15,14 +16,10 @@ from tptrain.weights.read_ahead import read_ahead
 # Gives the row blocks of one stored row, in order: see `export_folder`.
 ReadBlocks = Callable[[ParamRow], Iterator[torch.Tensor]]
 
-# How far the thread that reads may be in front of the one that casts. More would only take memory.
-BLOCKS_AHEAD = 2
-_PIECES_AHEAD = 2
+# How far the thread that reads and casts may be in front of the one that writes. More would only take memory.
+PIECES_AHEAD = 2
 # 2 MB of bfloat16: small enough for processor caches, large enough for a write.
 _PIECE_ELEMENTS = 2**20
-# torch copies up to so many elements in the calling thread. For more it wakes other threads and waits until
-# each has had its turn: milliseconds per copy while reader and writer keep the processors busy.
-_SINGLE_THREAD_ELEMENTS = 2**15
 # Integers of a dtype's size, and the bits of its largest number.
 _BITS = {
     torch.bfloat16: (np.int16, np.uint16, 0x7F7F),
@@ -39,22 +36,41 @@ def blocks_of(read: Callable[[ParamRow], torch.Tensor]) -> ReadBlocks:
 def cast_pieces(
     rows: Iterable[ParamRow], read_blocks: ReadBlocks, dtype: torch.dtype, setting: str
 ) -> Generator[tuple[ParamRow, torch.Tensor]]:
-    """Every row in order as flat pieces in `dtype`, read in one thread and cast in another.
+    """Every row in order as flat pieces in `dtype`, read and cast in one thread, ahead of whoever uses them.
 
-    Raises ProblemsError of `setting` for a finite value that `dtype` cannot hold; what `read_blocks` raises
-    passes through. Close it to stop both threads.
+    A piece is valid until the next one is asked for: a few buffers are used again and again, because memory
+    that is new to the process costs more to touch than the cast itself. Raises ProblemsError of `setting` for
+    a finite value that `dtype` cannot hold; what `read_blocks` raises passes through. Close it to stop the
+    thread.
     """
-    return read_ahead(_cast_blocks(rows, read_blocks, dtype, setting), _PIECES_AHEAD)
+    return read_ahead(_cast_blocks(rows, read_blocks, dtype, setting), PIECES_AHEAD)
 
 
 def _cast_blocks(
     rows: Iterable[ParamRow], read_blocks: ReadBlocks, dtype: torch.dtype, setting: str
 ) -> Generator[tuple[ParamRow, torch.Tensor]]:
-    with closing(read_ahead(_row_blocks(rows, read_blocks), BLOCKS_AHEAD)) as blocks:
-        for row, block in blocks:
+    # One for the piece in use, one for each that waits, of which the last is just being filled.
+    ring = cycle([torch.empty(_PIECE_ELEMENTS, dtype=dtype) for _ in range(PIECES_AHEAD + 1)])
+    with _one_torch_thread():
+        for row, block in _row_blocks(rows, read_blocks):
             for piece in block.detach().reshape(-1).split(_PIECE_ELEMENTS):
-                yield row, _cast(row, piece, dtype, setting)
-            del block, piece  # or they would stay in memory while the next block is waited for
+                yield row, piece if piece.dtype == dtype else _cast(row, piece, next(ring), setting)
+            del block, piece  # or they would stay in memory while the next block is read
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Have what torch does in the calling thread done by that thread alone; others are left as they are.
+
+    It would wake helpers for a copy and wait until each has had its turn: milliseconds while reading and
+    writing keep the processors busy.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _row_blocks(
@@ -72,13 +88,9 @@ def _row_blocks(
         assert read == row.num_elements, f"{row.name}: {read} elements were read, not {row.num_elements}"
 
 
-def _cast(row: ParamRow, piece: torch.Tensor, dtype: torch.dtype, setting: str) -> torch.Tensor:
-    if piece.dtype == dtype:
-        return piece
-    cast = torch.empty(piece.shape, dtype=dtype)
-    parts = (tensor.split(_SINGLE_THREAD_ELEMENTS) for tensor in (cast, piece))
-    for to, source in zip(*parts, strict=True):
-        to.copy_(source)
+def _cast(row: ParamRow, piece: torch.Tensor, buffer: torch.Tensor, setting: str) -> torch.Tensor:
+    cast, dtype = buffer[: len(piece)], buffer.dtype
+    cast.copy_(piece)
     if torch.finfo(dtype).max < torch.finfo(piece.dtype).max and _may_overflow(cast):
         _refuse_overflow(row, piece, dtype, setting)
     return cast

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import xxhash
 
+from tptrain.weights.file_space import reserve_space
 from tptrain.weights.safetensors_header import FLOAT_DTYPES, Extent, byte_blocks, open_file
 
 # transformers 4 refuses a file without it.
@@ -65,7 +66,9 @@ class SafetensorsWriter:
         self._digests: dict[str, str] = {}
         self._file = open(folder / plan.name, "xb", buffering=0)  # noqa: SIM115 - closed by __exit__
         try:
-            self._append(memoryview(plan.header()))
+            header = plan.header()
+            reserve_space(self._file.fileno(), len(header) + sum(map(plan.num_bytes, plan.sizes)))
+            self._append(memoryview(header))
         except BaseException:
             self._file.close()
             raise
