@@ -14,7 +14,7 @@ from tests.weights.killed import CONFIG
 from tptrain.family.table import ParamRow, matrix
 from tptrain.weights import SafetensorsSource, export_folder
 
-BLOCK_BYTES = 16 * 2**20
+BLOCK_BYTES = 4 * 2**20
 # 1.2 GB of float32: 600 MB as bfloat16, in two files.
 EXPORTED = [matrix(f"w{number}", ("vocab", "embed"), (30_000, 2_000)) for number in range(5)]
 # 1 GiB of bfloat16 that takes no room on the disk.

@@ -76,7 +76,7 @@ def test_when_writing_stops_so_do_the_threads_that_read_and_cast(tmp_path: Path)
     ("change", "message"),
     [
         (lambda tensor: tensor[:-1], "elements were read, not"),
-        (lambda tensor: torch.cat([tensor, tensor[:1]]), "elements were read, not|too many"),
+        (lambda tensor: torch.cat([tensor, tensor[:1]]), "elements were read, not"),
         (lambda tensor: tensor.T if tensor.ndim > 1 else tensor, "a block of"),
     ],
     ids=["short", "long", "transposed"],

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Generator
 
 import pytest
 
-from tests.weights.test_row_stream import wait_until_idle
 from tptrain.weights.read_ahead import read_ahead
+
+
+def wait_until_idle(made: list[int]) -> None:
+    """Until nothing has been added for a while; a thread that may go on does so within microseconds."""
+    before = -1
+    while len(made) > before:
+        before = len(made)
+        time.sleep(0.1)
 
 
 def numbers(

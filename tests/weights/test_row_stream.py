@@ -1,10 +1,9 @@
-"""Rows as a stream of cast pieces: the bits of a plain cast, nothing lost to a dtype, a bounded lead."""
+"""Rows as cast pieces: the bits of a plain cast, nothing lost to a dtype, failures that end all threads."""
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Iterator
-from contextlib import closing
 
 import pytest
 import torch
@@ -12,8 +11,7 @@ import torch
 from tests.weights.small_llama import same_bits
 from tptrain.errors import ProblemsError
 from tptrain.family.table import ParamRow, matrix, norm_scale
-from tptrain.weights import blocks_of
-from tptrain.weights.row_stream import PIECES_AHEAD, cast_pieces
+from tptrain.weights.row_stream import ROW_THREADS, cast_row, for_each_row
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SETTING = "--dtype"
@@ -23,8 +21,8 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype, blocks: int = 1) -> torch.Ten
     """A tensor through the stream, in so many blocks, put together again."""
     row = matrix("w", ("vocab", "embed")[: tensor.ndim], tuple(tensor.shape))
     parts = tensor.tensor_split(blocks) if tensor.ndim else (tensor,)
-    with closing(cast_pieces([row], lambda _: iter(parts), dtype, SETTING)) as pieces:
-        return torch.cat([piece.clone() for _, piece in pieces]).reshape(tensor.shape)
+    pieces = cast_row(row, lambda _: iter(parts), dtype, SETTING)
+    return torch.cat([piece.clone() for piece in pieces]).reshape(tensor.shape)
 
 
 @pytest.mark.parametrize("source", DTYPES)
@@ -67,51 +65,53 @@ def test_the_largest_number_infinity_and_nan_are_values_like_others(value: float
     assert torch.equal(cast(tensor, torch.float16).nan_to_num(7.0), tensor.half().nan_to_num(7.0))
 
 
-def wait_until_idle(made: list[int]) -> None:
-    """Until nothing has been added for a while; a thread that may go on does so within microseconds."""
-    before = -1
-    while len(made) > before:
-        before = len(made)
-        time.sleep(0.1)
-
-
-@pytest.mark.parametrize(
-    ("block_rows", "most"),
-    [
-        # Many pieces to a block: the one that is being cast.
-        (4000, 1),
-        # A block is one piece: the piece in hand and those that wait for it.
-        (2, 1 + PIECES_AHEAD),
-    ],
-)
-def test_reading_is_no_further_ahead_than_it_may_be(block_rows: int, most: int) -> None:
+def test_a_row_is_read_no_further_than_it_is_used() -> None:
     made: list[int] = []
 
     def blocks(row: ParamRow) -> Iterator[torch.Tensor]:
         for number in range(10):
             made.append(number)
-            yield torch.ones(block_rows, 1000)
+            yield torch.full((4000, 1000), float(number))
 
-    row = matrix("w", ("vocab", "embed"), (10 * block_rows, 1000))
-    with closing(cast_pieces([row], blocks, torch.bfloat16, SETTING)) as pieces:
-        next(pieces)
-        wait_until_idle(made)
-        assert len(made) == most
-        for _ in pieces:
-            pass
-    assert made == list(range(10))
+    row = matrix("w", ("vocab", "embed"), (40_000, 1000))
+    values = set()
+    for piece in cast_row(row, blocks, torch.bfloat16, SETTING):
+        assert made[-1] == len(made) - 1 == piece[0]
+        values |= set(piece.unique().tolist())
+    assert values == set(range(10))
 
 
-def test_a_piece_keeps_its_values_until_the_next_is_asked_for() -> None:
-    row = matrix("w", ("vocab", "embed"), (9, 2**20))
-    blocks = (torch.full((1, 2**20), float(number)) for number in range(9))
-    with closing(cast_pieces([row], lambda _: blocks, torch.bfloat16, SETTING)) as pieces:
-        for number, (_, piece) in enumerate(pieces):
-            time.sleep(0.01)  # the thread runs as far ahead as it may
-            assert (piece == number).all()
+def test_each_row_is_used_in_order_by_one_thread_and_rows_side_by_side() -> None:
+    rows = [norm_scale(f"n{number}", 5) for number in range(6)]
+    together = threading.Barrier(ROW_THREADS, timeout=60)
+    seen: dict[str, list[tuple[int, int]]] = {row.name: [] for row in rows}
+
+    def use(row: ParamRow, piece: torch.Tensor) -> None:
+        together.wait()  # broken unless as many rows as there are threads are in work
+        seen[row.name].append((int(piece[0]), threading.get_ident()))
+
+    for_each_row(rows, lambda row: (torch.full((1,), float(i)) for i in range(3)), use)
+    for pieces in seen.values():
+        assert [value for value, _ in pieces] == [0, 1, 2] and len({thread for _, thread in pieces}) == 1
+    assert len({thread for pieces in seen.values() for _, thread in pieces}) == ROW_THREADS
 
 
-def test_rows_come_in_their_order() -> None:
-    rows = [norm_scale(f"n{number}", 3 + number) for number in range(5)]
-    with closing(cast_pieces(rows, blocks_of(lambda row: torch.ones(row.size)), torch.float32, "")) as pieces:
-        assert [(row.name, len(piece)) for row, piece in pieces] == [(f"n{i}", 3 + i) for i in range(5)]
+def test_what_fails_in_one_row_ends_the_others() -> None:
+    rows = [norm_scale(f"n{number}", 1) for number in range(50)]
+    closed, begun = threading.Event(), []
+
+    def pieces(row: ParamRow) -> Iterator[torch.Tensor]:
+        begun.append(row.name)
+        if row.name == "n1":
+            raise ValueError("n1 is broken")
+        try:
+            while True:
+                yield torch.ones(1)
+        finally:
+            closed.set()
+
+    threads = torch.get_num_threads()
+    with pytest.raises(ValueError, match="n1 is broken"):
+        for_each_row(rows, pieces, lambda row, piece: None)
+    assert closed.is_set() and len(begun) < len(rows)
+    assert torch.get_num_threads() == threads

@@ -51,6 +51,18 @@ def test_the_library_reads_the_bits_that_were_written(tmp_path: Path, dtype: tor
     assert differences(tmp_path, FilePlan(FILE, dtype, SIZES), digests) == []
 
 
+def test_tensors_may_be_written_in_any_order_and_in_turns(tmp_path: Path) -> None:
+    given = tensors(torch.bfloat16)
+    blocks = in_blocks(given, 1)
+    # First the first row of each tensor, from the last tensor to the first, then the rest.
+    first = {name: next(block for other, block in blocks if other == name) for name in given}
+    rest = [(name, block) for name, block in blocks if block is not first[name]]
+    in_turns = [*reversed(first.items()), *rest]
+    digests = write(tmp_path, in_turns, torch.bfloat16)
+    assert all(same_bits(read, given[name]) for name, read in load_file(tmp_path / FILE).items())
+    assert differences(tmp_path, FilePlan(FILE, torch.bfloat16, SIZES), digests) == []
+
+
 def test_the_header_is_in_the_order_given_and_the_data_aligned(tmp_path: Path) -> None:
     write(tmp_path, in_blocks(tensors(torch.bfloat16), 3), torch.bfloat16)
     data = (tmp_path / FILE).read_bytes()
@@ -100,15 +112,14 @@ BLOCKS = in_blocks(GIVEN, 2)
 @pytest.mark.parametrize(
     ("blocks", "message"),
     [
-        (BLOCKS[:-1], "z: nothing was written|nothing was written of z"),
+        (BLOCKS[:-1], "z: \\d+ bytes were not written"),
         (BLOCKS[:3] + BLOCKS[4:], "w.weight: 12 bytes were not written"),
         ([*BLOCKS[:4], BLOCKS[0], *BLOCKS[4:]], "w.weight: 24 bytes too many"),
-        ([*BLOCKS[4:7], *BLOCKS[:4]], "a.bias was written where w.weight follows"),
-        ([*BLOCKS, BLOCKS[0]], "w.weight was written where None follows"),
-        ([*BLOCKS[:4], ("other", torch.ones(1))], "other was written where a.bias follows"),
+        ([*BLOCKS, BLOCKS[0]], "w.weight: 24 bytes too many"),
+        ([*BLOCKS[:4], ("other", torch.ones(1))], "other is not in model.safetensors"),
         ([("w.weight", GIVEN["w.weight"].bfloat16())], "a block of torch.bfloat16, not torch.float32"),
     ],
-    ids=["last missing", "short", "long", "order", "again", "unknown", "dtype"],
+    ids=["last missing", "short", "long", "again", "unknown", "dtype"],
 )
 def test_what_does_not_follow_the_plan_is_a_bug(
     tmp_path: Path, blocks: list[tuple[str, torch.Tensor]], message: str

@@ -1,6 +1,6 @@
 """What converting a checkpoint to a Hugging Face folder costs, beside cp and ways that hold a whole model.
 
-    python tools/bench/convert.py                          0.4 and 1.6 GB of bfloat16, under five minutes
+    python tools/bench/convert.py                          0.4 and 3.2 GB of bfloat16, under five minutes
     python tools/bench/convert.py --gb 1 4 --pairs 5 --folder /mnt/disk
     python tools/bench/convert.py --shape 3b --pairs 2     3.2 billion parameters: 38 GB with their moments
 
@@ -91,7 +91,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--gb", type=float, nargs="+", default=[0.4, 1.6], help="sizes of the output in GB (1e9)"
+        "--gb", type=float, nargs="+", default=[0.4, 3.2], help="sizes of the output in GB (1e9)"
     )
     parser.add_argument("--shape", choices=SHAPES, help="one model of this shape in place of --gb")
     parser.add_argument("--pairs", type=int, default=5, help="rounds that count, after one that does not")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,12 +175,14 @@ def stages(folder: Path, config: Config) -> dict[str, float]:
     from tptrain.export import open_step
     from tptrain.family import stored_rows
     from tptrain.weights import export_bytes
-    from tptrain.weights.row_stream import cast_pieces
+    from tptrain.weights.row_stream import cast_row, for_each_row
     from tptrain.weights.safetensors_header import byte_blocks
 
     step = open_step(folder / STEP)
     rows, size = stored_rows(step.table), export_bytes(step.table, "bfloat16")
     path, block = folder / "file", os.urandom(2 * 2**20)
+
+    cast = partial(cast_row, read_blocks=step.reader.read_blocks, dtype=torch.bfloat16, setting="dtype")
 
     def drain(items: Iterable[object]) -> None:
         for _ in items:
@@ -204,9 +207,7 @@ def stages(folder: Path, config: Config) -> dict[str, float]:
     found = {
         "read_files": timed(lambda: drain(raw_blocks(folder / STEP / "params"))),
         "read_and_digest": timed(lambda: drain(b for row in rows for b in step.reader.read_blocks(row))),
-        "read_digest_and_cast": timed(
-            lambda: drain(cast_pieces(rows, step.reader.read_blocks, torch.bfloat16, "dtype"))
-        ),
+        "read_digest_and_cast": timed(lambda: for_each_row(rows, cast, lambda row, piece: None)),
         "write": timed(write),
         "flush": timed(flush),
         "read_back_and_digest": timed(read_back),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from tptrain.family import ModelFacts, ParamRow, facts_from_config, stored_rows
 from tptrain.models.decoder import Decoder
 from tptrain.topology import parse_topology
 from tptrain.weights import ReadBlocks
-from tptrain.weights.row_stream import cast_pieces
+from tptrain.weights.row_stream import cast_row, for_each_row
 
 TOLERANCE = 1e-5
 PROMPT_TOKENS = (7, 512)
@@ -96,11 +95,14 @@ def verify_digests(step: StepModel, folder: FolderModel, dtype: str) -> int:
 
 def tensor_digests(rows: Iterable[ParamRow], read_blocks: ReadBlocks, dtype: str) -> dict[str, str]:
     """Row name -> XXH3-128 of its values in `dtype`, streamed."""
-    hashes: dict[str, Any] = {}
-    with closing(cast_pieces(rows, read_blocks, TORCH_DTYPES[dtype], "--dtype")) as pieces:
-        for row, piece in pieces:
-            state = hashes.setdefault(row.name, xxhash.xxh3_128())
-            state.update(piece.contiguous().view(torch.uint8).numpy())
+    rows = tuple(rows)
+    hashes = {row.name: xxhash.xxh3_128() for row in rows}
+    pieces = partial(cast_row, read_blocks=read_blocks, dtype=TORCH_DTYPES[dtype], setting="--dtype")
+
+    def update(row: ParamRow, piece: torch.Tensor) -> None:
+        hashes[row.name].update(piece.contiguous().view(torch.uint8).numpy().data)
+
+    for_each_row(rows, pieces, update)
     return {name: state.hexdigest() for name, state in hashes.items()}
 
 

@@ -6,7 +6,7 @@ import ctypes
 import errno
 import os
 
-# `os.posix_fallocate` is no choice: where the file system cannot reserve, glibc writes a byte into each block.
+# Not `os.posix_fallocate`: where the file system cannot reserve, glibc writes a byte into each block.
 _fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
 _CANNOT_RESERVE = {errno.EOPNOTSUPP, errno.ENOSYS}
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, closing
+import threading
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from tptrain.hf_files import (
 )
 from tptrain.untrusted import read_json
 from tptrain.weights.hf_json import complete_config, generation_config, to_json, with_token_ids, write_json
-from tptrain.weights.row_stream import ReadBlocks, cast_pieces
+from tptrain.weights.row_stream import ReadBlocks, cast_row, for_each_row
 from tptrain.weights.safetensors_out import FilePlan, SafetensorsWriter, differences
 from tptrain.weights.staging import staged_folder, target_problems, writing
 
@@ -99,8 +99,8 @@ def export_folder(
     """Write the model folder `out` that transformers and vLLM load; returns its path.
 
     read_blocks: gives a stored row as blocks: CPU tensors of any float dtype, consecutive along dim 0,
-        together exactly `row.size`. It is called once per row, in table order, in a thread of its own that
-        also casts, at most 2 pieces ahead of the disk; memory grows by a block and some MB.
+        together exactly `row.size`. It is called once per row, in a few threads that begin with the rows in
+        table order (`for_each_row`); memory grows by a block and some MB for each.
     assets: a folder made by `collect_assets`: its tokenizer files are copied byte for byte, and its
         generation_config.json is taken over; None for a model without a tokenizer.
     setting, dtype_setting: where the user chose `out` and `dtype`, for messages.
@@ -119,7 +119,6 @@ def export_folder(
     shards = plan_shards(table, dtype, max_shard_bytes)
     if len(shards) > 1:
         json_files[INDEX_FILE] = _index(shards, dtype)
-    file_of = {row.name: shard for shard in shards for row in shard.rows}
     digests: dict[str, str] = {}
 
     def verify(folder: Path) -> None:
@@ -134,11 +133,11 @@ def export_folder(
                 write_json(folder / name, content)
             if assets is not None:
                 copy_tokenizer(assets, folder)
-        pieces = cast_pieces(stored_rows(table), read_blocks, getattr(torch, dtype), dtype_setting)
-        with closing(pieces):
-            for shard, of_shard in groupby(pieces, lambda piece: file_of[piece[0].name]):
-                guard = partial(writing, out, setting)
-                digests |= _write_shard(folder, shard.plan(dtype), of_shard, guard, progress)
+        to = getattr(torch, dtype)
+        pieces = partial(cast_row, read_blocks=read_blocks, dtype=to, setting=dtype_setting)
+        guard = partial(writing, out, setting)
+        for shard in shards:
+            digests |= _write_shard(folder, shard, dtype, pieces, guard, progress)
     return out
 
 
@@ -165,20 +164,26 @@ def _index(shards: Sequence[Shard], dtype: str) -> dict[str, Any]:
 
 def _write_shard(
     folder: Path,
-    plan: FilePlan,
-    pieces: Iterable[tuple[ParamRow, torch.Tensor]],
+    shard: Shard,
+    dtype: str,
+    pieces: Callable[[ParamRow], Generator[torch.Tensor]],
     guard: Callable[[], AbstractContextManager[None]],
     progress: Callable[[int], None] | None,
 ) -> dict[str, str]:
     """Write one file; returns the digests of its tensors. guard: around what writes, but not what reads."""
     with guard():
-        writer = SafetensorsWriter(folder, plan)
-    with writer:
-        for row, piece in pieces:
-            with guard():
-                num_bytes = writer.write(row.name, piece)
-            if progress is not None:
+        writer = SafetensorsWriter(folder, shard.plan(dtype))
+    telling = threading.Lock()
+
+    def write(row: ParamRow, piece: torch.Tensor) -> None:
+        with guard():
+            num_bytes = writer.write(row.name, piece)
+        if progress is not None:
+            with telling:
                 progress(num_bytes)
+
+    with writer:
+        for_each_row(shard.rows, pieces, write)
         with guard():
             return writer.finish()
 

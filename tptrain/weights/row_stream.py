@@ -1,23 +1,23 @@
-"""The stored rows of a model as one stream of cast pieces, small enough to be written while more is read."""
+"""The stored rows of a model as cast pieces, a few MB at a time, several rows side by side."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from itertools import cycle
 
 import numpy as np
 import torch
 
 from tptrain.errors import refuse
 from tptrain.family.table import ParamRow
-from tptrain.weights.read_ahead import read_ahead
 
 # Gives the row blocks of one stored row, in order: see `export_folder`.
 ReadBlocks = Callable[[ParamRow], Iterator[torch.Tensor]]
 
-# How far the thread that reads and casts may be in front of the one that writes. More would only take memory.
-PIECES_AHEAD = 2
+# How many rows are worked on at a time. Reading, casting, hashing and writing leave Python to others.
+ROW_THREADS = 2
 # 2 MB of bfloat16: small enough for processor caches, large enough for a write.
 _PIECE_ELEMENTS = 2**20
 # Integers of a dtype's size, and the bits of its largest number.
@@ -33,37 +33,67 @@ def blocks_of(read: Callable[[ParamRow], torch.Tensor]) -> ReadBlocks:
     return lambda row: iter([read(row)])
 
 
-def cast_pieces(
-    rows: Iterable[ParamRow], read_blocks: ReadBlocks, dtype: torch.dtype, setting: str
-) -> Generator[tuple[ParamRow, torch.Tensor]]:
-    """Every row in order as flat pieces in `dtype`, read and cast in one thread, ahead of whoever uses them.
+def for_each_row(
+    rows: Iterable[ParamRow],
+    pieces: Callable[[ParamRow], Generator[torch.Tensor]],
+    use: Callable[[ParamRow, torch.Tensor], None],
+) -> None:
+    """Call `use(row, piece)` for every piece of every row; rows begin in order, ROW_THREADS at a time.
 
-    A piece is valid until the next one is asked for: a few buffers are used again and again, because memory
-    that is new to the process costs more to touch than the cast itself. Raises ProblemsError of `setting` for
-    a finite value that `dtype` cannot hold; what `read_blocks` raises passes through. Close it to stop the
-    thread.
+    The pieces of one row come in order and in one thread. What is raised ends all the others at their next
+    piece, and is raised here when they have ended.
     """
-    return read_ahead(_cast_blocks(rows, read_blocks, dtype, setting), PIECES_AHEAD)
+    stop = threading.Event()
+
+    def work(row: ParamRow) -> None:
+        try:
+            for piece in pieces(row):
+                if stop.is_set():
+                    return
+                use(row, piece)
+        except BaseException:
+            stop.set()
+            raise
+
+    with _one_torch_thread(), ThreadPoolExecutor(ROW_THREADS) as threads:
+        futures = [threads.submit(work, row) for row in rows]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set()  # nothing is left to stop, unless a row has failed or this thread was interrupted
+            threads.shutdown(cancel_futures=True)
+    for future in futures:
+        if not future.cancelled():
+            future.result()
 
 
-def _cast_blocks(
-    rows: Iterable[ParamRow], read_blocks: ReadBlocks, dtype: torch.dtype, setting: str
-) -> Generator[tuple[ParamRow, torch.Tensor]]:
-    # One for the piece in use, one for each that waits, of which the last is just being filled.
-    ring = cycle([torch.empty(_PIECE_ELEMENTS, dtype=dtype) for _ in range(PIECES_AHEAD + 1)])
-    with _one_torch_thread():
-        for row, block in _row_blocks(rows, read_blocks):
-            for piece in block.detach().reshape(-1).split(_PIECE_ELEMENTS):
-                yield row, piece if piece.dtype == dtype else _cast(row, piece, next(ring), setting)
-            del block, piece  # or they would stay in memory while the next block is read
+def cast_row(
+    row: ParamRow, read_blocks: ReadBlocks, dtype: torch.dtype, setting: str
+) -> Generator[torch.Tensor]:
+    """A row as flat pieces in `dtype`. A piece is valid until the next one is asked for.
+
+    Raises ProblemsError of `setting` for a finite value that `dtype` cannot hold; what `read_blocks` raises
+    passes through.
+    """
+    # Used again and again: memory that is new to the process costs more to touch than the cast itself.
+    buffer = torch.empty(min(_PIECE_ELEMENTS, row.num_elements), dtype=dtype)
+    read = 0
+    for block in read_blocks(row):
+        assert block.shape[1:] == row.size[1:], f"{row.name}: a block of {list(block.shape)} in {row.size}"
+        read += block.numel()
+        assert read <= row.num_elements, f"{row.name}: {read} elements were read, not {row.num_elements}"
+        for piece in block.detach().reshape(-1).split(_PIECE_ELEMENTS):
+            yield piece if piece.dtype == dtype else _cast(row, piece, buffer, setting)
+        del block, piece  # or they would stay in memory while the next block is read
+    assert read == row.num_elements, f"{row.name}: {read} elements were read, not {row.num_elements}"
 
 
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """Have what torch does in the calling thread done by that thread alone; others are left as they are.
+    """Have torch copy in the thread that asks for it, in the whole process.
 
-    It would wake helpers for a copy and wait until each has had its turn: milliseconds while reading and
-    writing keep the processors busy.
+    It would wake helpers and wait until each has had its turn: milliseconds for every copy while other
+    threads keep the processors busy.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -71,21 +101,6 @@ def _one_torch_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _row_blocks(
-    rows: Iterable[ParamRow], read_blocks: ReadBlocks
-) -> Generator[tuple[ParamRow, torch.Tensor]]:
-    for row in rows:
-        read = 0
-        for block in read_blocks(row):
-            assert block.shape[1:] == row.size[1:], (
-                f"{row.name}: a block of {list(block.shape)} in {row.size}"
-            )
-            read += block.numel()
-            yield row, block
-            del block
-        assert read == row.num_elements, f"{row.name}: {read} elements were read, not {row.num_elements}"
 
 
 def _cast(row: ParamRow, piece: torch.Tensor, buffer: torch.Tensor, setting: str) -> torch.Tensor:
