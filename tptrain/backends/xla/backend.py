@@ -76,14 +76,17 @@ class XlaBackend:
 
     def _put_rows(self, array: torch.Tensor) -> torch.Tensor:
         leading = ((),) * (array.ndim - len(_BATCH_DIMS))
-        return self.mesh.place_full(array, (*leading, *spec_of(_BATCH_DIMS, self.plan.rules.acts)))
+        return self._put(array, (*leading, *spec_of(_BATCH_DIMS, self.plan.rules.acts)))
 
     def put_scalars(self, values: Mapping[str, float]) -> Tensors:
         dtype = TORCH_DTYPES[self.plan.recipe.precision.master]
         return {name: self.put_constant(torch.tensor(value, dtype=dtype)) for name, value in values.items()}
 
     def put_constant(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self.mesh.place_full(tensor, ((),) * tensor.ndim)
+        return self._put(tensor, ((),) * tensor.ndim)
+
+    def _put(self, full: torch.Tensor, spec: Spec) -> torch.Tensor:
+        return self.mesh.place_full(full, spec)
 
     def make_caches(self, rows: int, length: int, dtype: torch.dtype) -> Tensors:
         """Empty key and value caches: per position of the layer period, [layers, rows, length, K, H]."""

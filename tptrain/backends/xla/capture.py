@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch_xla
@@ -32,6 +33,40 @@ def compile_count() -> int:
     return int(data[0]) if data else 0
 
 
+@dataclass(frozen=True)
+class Trace:
+    """A step as a graph that has not run.
+
+    results:      the new state, in the order of the state, then the outputs.
+    arguments:    the graph's parameters in order: the name of an argument, or the tensor of a lifted number.
+    constants:    those numbers. output_names: of the outputs.
+    """
+
+    results: list[torch.Tensor]
+    arguments: list[str | torch.Tensor]
+    constants: tuple[float, ...]
+    output_names: tuple[str, ...]
+
+
+def trace(
+    function: StepFunction,
+    state: Tensors,
+    inputs: Tensors,
+    mark_state: Callable[[str, torch.Tensor], torch.Tensor],
+) -> Trace:
+    """Run the Python of a step on its arguments, which builds its graph.
+
+    mark_state: states the sharding of a new state tensor, so that it can be the next step's argument.
+    Raises CaptureError when the step is no pure function of its arguments.
+    """
+    new_state, outputs = function(state, inputs)
+    if set(new_state) != set(state):
+        raise CaptureError(f"the step changes the names of its state: {sorted(set(new_state) ^ set(state))}")
+    results = [mark_state(name, new_state[name]) for name in state] + list(outputs.values())
+    arguments, constants = _match_arguments(results, {**state, **inputs})
+    return Trace(results, arguments, constants, tuple(outputs))
+
+
 class CapturedStep:
     """A compiled `(state, inputs) -> (state, outputs)`; `state` is donated on every call.
 
@@ -46,10 +81,7 @@ class CapturedStep:
         inputs: Tensors,
         mark_state: Callable[[str, torch.Tensor], torch.Tensor],
     ):
-        """Trace and compile on example arguments, which stay valid.
-
-        mark_state: states the sharding of a new state tensor, so that it can be the next step's argument.
-        """
+        """Trace and compile on example arguments, which stay valid. mark_state: see `trace`."""
         torch_xla.sync()  # whatever was pending must not become part of the step
         self._state_names, self._input_names = tuple(state), tuple(inputs)
         self._signature = _signature(state, inputs)
@@ -58,19 +90,14 @@ class CapturedStep:
         for tensor in inputs.values():
             _XLAC._set_buffer_donation(tensor, False)
         started = time.perf_counter()
-        new_state, outputs = function(state, inputs)
-        if set(new_state) != set(state):
-            raise CaptureError(
-                f"the step changes the names of its state: {sorted(set(new_state) ^ set(state))}"
-            )
-        self._output_names = tuple(outputs)
-        results = [mark_state(name, new_state[name]) for name in state] + list(outputs.values())
-        self._arguments, self.constants = _match_arguments(results, {**state, **inputs})
+        traced = trace(function, state, inputs, mark_state)
+        self._arguments, self.constants = traced.arguments, traced.constants
+        self._output_names = traced.output_names
         self.trace_seconds = time.perf_counter() - started
         started = time.perf_counter()
         with alias_with_buffer_donor_config():
-            self._hash = _XLAC._get_graph_hash(results)
-            _XLAC._xla_warm_up_cache(results, [])
+            self._hash = _XLAC._get_graph_hash(traced.results)
+            _XLAC._xla_warm_up_cache(traced.results, [])
         self.compile_seconds = time.perf_counter() - started
         _XLAC._clear_pending_irs(str(torch_xla.device()))
 
