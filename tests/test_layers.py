@@ -21,7 +21,19 @@ PACKAGE = Path(tptrain.__file__).parent
 LAYERS = (
     *("errors", "untrusted", "hf_files", "topology", "family", "mesh", "config", "report", "models"),
     *("data", "weights"),
-    *("jaxside", "backends", "ckpt", "generate", "export", "convert", "eval", "train", "cli", "__main__"),
+    *(
+        "jaxside",
+        "backends",
+        "ckpt",
+        "generate",
+        "export",
+        "convert",
+        "eval",
+        "train",
+        "dryrun",
+        "cli",
+        "__main__",
+    ),
 )
 # Parts that plan a run; a laptop without any framework can import them.
 PLANNING = ("errors", "untrusted", "hf_files", "topology", "family", "mesh", "config", "report")

@@ -147,6 +147,25 @@ class CompiledStep(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class TracedStep:
+    """The program of a train step, before the compiler has seen it.
+
+    module:     a serialized HloModuleProto; partition p of it is mesh position p.
+    parameters: names of its parameters in order; None for a number that the trace has lifted.
+    outputs:    names of its results in order.
+    donated:    names of the parameters that it may write its results into.
+    specs:      name -> spec, of every named parameter.
+    """
+
+    module: bytes
+    parameters: tuple[str | None, ...]
+    outputs: tuple[str, ...]
+    donated: frozenset[str]
+    specs: Mapping[str, Spec]
+    trace_seconds: float
+
+
 class Backend(Protocol):
     """Devices, buffers and compiled functions behind one interface."""
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import TYPE_CHECKING
 
 from tptrain.backends.base import Backend
 from tptrain.backends.xla.process import set_environment
 from tptrain.config.plan import Plan
+from tptrain.topology import parse_topology
+
+if TYPE_CHECKING:
+    from tptrain.backends.xla.placeholders import PlaceholderBackend
 
 
 def prepare_process(plan: Plan) -> None:
@@ -41,6 +46,27 @@ def make_backend(plan: Plan) -> Backend:
     from tptrain.backends.xla.backend import XlaBackend
 
     return XlaBackend(plan, runtime_order(plan))
+
+
+def make_placeholder_backend(plan: Plan) -> PlaceholderBackend:
+    """The backend that traces a plan of any slice on virtual CPU devices; once per process.
+
+    Needs the XLA backend. The devices hold no data, so hundreds of them cost little.
+    """
+    from tptrain.jaxside.process import setup_jax
+
+    quiet_libraries()
+    devices = parse_topology(f"cpu-{plan.num_devices}")
+    set_environment(devices, os.environ)
+    setup_jax(plan.num_devices)
+    from tptrain.backends.xla.process import setup_process, use_full_float32
+
+    setup_process(devices)
+    if plan.recipe.precision.compute == "float32":
+        use_full_float32()
+    from tptrain.backends.xla.placeholders import PlaceholderBackend
+
+    return PlaceholderBackend(plan)
 
 
 def quiet_libraries() -> None:

@@ -21,7 +21,7 @@ from tptrain.train.journal import StepRecord
 from tptrain.train.observers import Observer
 from tptrain.train.schedule import step_scalars
 from tptrain.train.state import state_specs
-from tptrain.train.step import BATCH_NAMES, make_train_step
+from tptrain.train.step import BATCH_NAMES, prepare_step
 
 
 class NonFiniteError(TptrainError):
@@ -72,9 +72,7 @@ class Loop:
         self._plan, self._backend, self._batches, self._total = plan, backend, batches, total_steps
         self._observers, self._after_step, self._due = observers, after_step, due
         self._compiling = compiling
-        decoder = backend.decoder()
-        self._constants = {name: backend.put_constant(t) for name, t in decoder.constants().items()}
-        self._function = make_train_step(decoder, backend.layout, plan.recipe)
+        self._function, self._constants = prepare_step(backend, plan)
         self._compiled: CompiledStep | None = None
         self._finished_at = 0.0
 

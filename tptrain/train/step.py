@@ -6,17 +6,42 @@ Shapes: A micro-batches, B rows of each, T tokens, V vocab.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch.func import functional_call
 
-from tptrain.backends.base import TORCH_DTYPES, Layout, StepFunction, Tensors
+from tptrain.backends.base import TORCH_DTYPES, Backend, Layout, StepFunction, Tensors
+from tptrain.config.plan import Plan
 from tptrain.config.schema import OptimSection, Recipe
 from tptrain.models.decoder import Decoder
 from tptrain.models.loss import loss_sum
 from tptrain.train.state import HALTED, join_parts, part_of
 
-BATCH_NAMES = ("tokens", "targets", "weights", "positions", "segment_ids")
+# Integers but for the weights, as `Batch` has them.
+BATCH_DTYPES = {
+    "tokens": np.int32,
+    "targets": np.int32,
+    "weights": np.float32,
+    "positions": np.int32,
+    "segment_ids": np.int32,
+}
+BATCH_NAMES = tuple(BATCH_DTYPES)
 SCALAR_NAMES = ("learning_rate", "bias_correction1", "bias_correction2")
+
+
+def prepare_step(backend: Backend, plan: Plan) -> tuple[StepFunction, Tensors]:
+    """The step of a plan as this backend runs it, and the decoder's constants on the devices."""
+    decoder = backend.decoder()
+    constants = {name: backend.put_constant(tensor) for name, tensor in decoder.constants().items()}
+    return make_train_step(decoder, backend.layout, plan.recipe), constants
+
+
+def step_placeholders(backend: Backend, plan: Plan) -> Tensors:
+    """Inputs of the step in their shapes, without values that mean anything: its batch and its scalars."""
+    recipe = plan.recipe
+    shape = (recipe.optim.accumulation, plan.micro_rows, recipe.data.seq_len)
+    batch = backend.put_batch({name: np.zeros(shape, dtype) for name, dtype in BATCH_DTYPES.items()})
+    return {**batch, **backend.put_scalars(dict.fromkeys(SCALAR_NAMES, 1.0))}
 
 
 def make_train_step(decoder: Decoder, layout: Layout, recipe: Recipe) -> StepFunction:

@@ -56,8 +56,20 @@ def read_module(proto: bytes) -> Any:
     return module
 
 
+def instruction_count(proto: bytes) -> int:
+    """Instructions of all computations."""
+    return sum(len(computation.instructions) for computation in read_module(proto).computations)
+
+
+def parameter_shardings(proto: bytes) -> list[bytes]:
+    """The shardings of the entry's parameters in order; empty where none is stated, or it is replicated."""
+    entry = _entry(read_module(proto))
+    parameters = [each for each in entry.instructions if each.opcode == "parameter"]
+    return [each.sharding for each in sorted(parameters, key=lambda each: each.parameter_number)]
+
+
 def custom_shardings(proto: bytes) -> list[bytes]:
-    """The shardings of the entry's custom calls, in the order of its root tuple."""
+    """The shardings of the entry's results in the order of its root tuple; empty as for parameters."""
     entry = _entry(read_module(proto))
     by_id = {instruction.id: instruction for instruction in entry.instructions}
     return [by_id[operand].sharding for operand in by_id[entry.root_id].operand_ids]

@@ -9,41 +9,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 import torch_xla
 import torch_xla.distributed.spmd as xs
 from torch_xla.core import xla_builder
 
-from tptrain.backends.base import StepFunction, Tensors, TensorSource
+from tptrain.backends.base import StepFunction, Tensors, TensorSource, TracedStep
 from tptrain.backends.xla.backend import XlaBackend
 from tptrain.backends.xla.capture import trace
-from tptrain.backends.xla.hlo_proto import annotate, custom_shardings
+from tptrain.backends.xla.hlo_proto import (
+    annotate,
+    custom_shardings,
+    instruction_count,
+    parameter_shardings,
+)
 from tptrain.backends.xla.sharding import partition_spec
 from tptrain.config.plan import Plan
 from tptrain.mesh import Spec
 
 _XLAC = torch_xla._XLAC
-
-
-@dataclass(frozen=True)
-class TracedStep:
-    """The program of a train step, before the compiler has seen it.
-
-    module:     a serialized HloModuleProto; partition p of it is mesh position p.
-    parameters: names of its parameters in order; None for a number that the trace has lifted.
-    outputs:    names of its results in order.
-    donated:    names of the parameters that it may write its results into.
-    specs:      name -> spec, of every named parameter.
-    """
-
-    module: bytes
-    parameters: tuple[str | None, ...]
-    outputs: tuple[str, ...]
-    donated: frozenset[str]
-    specs: Mapping[str, Spec]
-    trace_seconds: float
 
 
 class PlaceholderBackend(XlaBackend):
@@ -84,14 +69,26 @@ class PlaceholderBackend(XlaBackend):
         module = annotate(proto, by_number if self.plan.num_devices > 1 else {}, donors)
         _XLAC._clear_pending_irs(str(torch_xla.device()))
         seconds = time.perf_counter() - started
-        return TracedStep(module, names, traced.output_names, frozenset(state), stated, seconds)
+        outputs = (*state, *traced.output_names)
+        return TracedStep(module, names, outputs, frozenset(state), stated, seconds)
+
+    def changed_specs(self, step: TracedStep) -> tuple[str, ...]:
+        """State that the step returns in another sharding than it takes it in, as XLA is told."""
+        taken = dict(zip(step.parameters, parameter_shardings(step.module), strict=True))
+        returned = dict(zip(step.outputs, custom_shardings(step.module), strict=True))
+        return tuple(name for name in sorted(step.donated) if taken[name] != returned[name])
+
+    def count_instructions(self, step: TracedStep) -> int:
+        return instruction_count(step.module)
 
     def _shardings(self, specs: set[Spec]) -> dict[Spec, bytes]:
         """Each spec as torch_xla writes it for XLA: read back from a module that states nothing else."""
         ordered = sorted(specs)
         marked = []
         for spec in ordered:
-            tensor = xla_builder.create_placeholder_tensor((self.plan.num_devices,) * len(spec), torch.float32)
+            tensor = xla_builder.create_placeholder_tensor(
+                (self.plan.num_devices,) * len(spec), torch.float32
+            )
             xs.annotate_custom_sharding(tensor, self.mesh.xla, partition_spec(spec))
             marked.append(tensor)
         written = custom_shardings(_XLAC._get_xla_tensors_hlo_proto(marked))
