@@ -87,7 +87,8 @@ class Chip:
 #   (docs.cloud.google.com/tpu/docs/v4, v5e, v5p and v6e). A host has four chips in a slice of several hosts;
 #   one machine type of v5e and v6e has eight, and serves the eight-chip slice.
 # - ICI: the same pages give both directions of all links together: 1200 GB/s over 6 (v5p), 400 over 4 (v5e),
-#   800 over 4 (v6e). v4: "How to Scale Your Model" (jax-ml.github.io/scaling-book), part 2, which has the
+#   800 over 4 (v6e). In bits and one direction, as their older versions write it: 4800, 1600 and 3200 Gbit/s
+#   a chip (for v6e also 3584). v4: "How to Scale Your Model" (jax-ml.github.io/scaling-book), part 2, which has the
 #   same values as Google Cloud for the other three.
 # - DCN: v5p 50 Gbit/s per chip; v5e 6.4 and v6e 25.6 Tbit/s per pod of 256 chips. The v4 page has no value.
 V4 = Chip(
@@ -245,6 +246,17 @@ class Topology:
         return self.num_slices * self.devices_per_slice
 
     @property
+    def wraps(self) -> tuple[bool, ...]:
+        """For each side of the shape, whether its ends are linked, which makes a ring of every line of chips.
+
+        v4 and v5p: all sides of slices made of whole cubes (docs.cloud.google.com/tpu/docs/v5p). v5e and v6e:
+        sides of 16 alone ("How to Scale Your Model", part 2).
+        """
+        if self.chip.torus_dims == 3:
+            return (min(self.shape) >= 4,) * 3
+        return tuple(self.chip.torus_dims == 2 and side == 16 for side in self.shape)
+
+    @property
     def host_shape(self) -> Shape:
         """The chips of one host. A slice that one host can serve is taken to be served by one."""
         return self.shape if self.devices_per_slice <= self.chip.one_host_chips else self.chip.host_shape
@@ -280,6 +292,14 @@ class Topology:
                     x, y, z = (c * h + i for c, h, i in zip(corner, host, inside, strict=True))
                     device_id = first_id + x + width * (y + depth * z)
                     yield DeviceCoords(slice_index, (x, y, z), 0, first_process + process, device_id)
+
+
+def larger_slices(topology: Topology) -> Iterator[Topology]:
+    """Topologies of the same chip and number of slices with more chips a slice, smallest first."""
+    for chips in _offered(topology.chip):
+        shape = _default_shape(topology.chip, chips)
+        if shape is not None and chips > topology.devices_per_slice:
+            yield Topology(topology.chip, shape, topology.num_slices)
 
 
 def parse_topology(text: str, setting: str = "topology") -> Topology:

@@ -1,0 +1,1 @@
+"""What a plan needs of chips, hosts, networks and time, by arithmetic."""

@@ -1,0 +1,196 @@
+"""Bytes of a chip's memory that a train step needs, part by part.
+
+What a step is given and gives back (its arguments: weights, optimizer state, batch) is exact. What it needs
+in between (its temporaries) is the largest of a few phases, each a sum of parts whose shapes are known. What
+the compiler decides beside that is in `Fitted`.
+
+Assumed of the program, as XLA compiles the step of `tptrain.train.step`:
+- state is updated in place; micro-batches run one after the other;
+- the cast of the stacked layers to the compute format leaves the loop: one such copy of every shard lives
+  through the step;
+- gradients are in the compute format, and are split like their parameters once a layer is done; sums over
+  micro-batches are in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from tptrain.estimate.activations import (
+    in_flight_bytes,
+    kept_bytes,
+    logits_bytes,
+    shared_bytes,
+    stream_bytes,
+)
+from tptrain.estimate.workload import Workload
+from tptrain.family import ParamRow
+from tptrain.family.table import DTYPE_BYTES
+
+Verdict = Literal["fits", "tight", "does not fit", "no limit"]
+
+# Tokens, targets, weights, positions and segment ids: 4 bytes each.
+_BATCH_BYTES_PER_TOKEN = 5 * 4
+_SUM_BYTES = DTYPE_BYTES["float32"]
+_UNREDUCED = "gradients before their reduction"
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What only the compiler knows, as numbers that can be fitted to its own reports.
+
+    logits_copies:   logits and whatever has their shape, in units of the logits in the compute format, while
+                     their gradient is made.
+    stream_copies:   activations [B, T, D] around the loss: input and output of the last norm, a gradient.
+    gathered_layers: layers whose collected weights exist at a time: the one in use and the one on its way.
+    temporaries:     temporaries over the sum of the parts of the largest phase.
+    """
+
+    logits_copies: float = 2.0
+    stream_copies: float = 3.0
+    gathered_layers: float = 2.0
+    temporaries: float = 1.0
+
+
+FITTED = Fitted()
+
+# A program is said to fit when so much of its estimate is left of the memory.
+MARGIN = 0.10
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A time within the step and the bytes of each thing that lives then."""
+
+    name: str
+    parts: Mapping[str, int]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one chip.
+
+    arguments: what the step is given, by name. phases: what lives in between, at different times.
+    factor:    of the compiler, on the largest phase.
+    """
+
+    arguments: Mapping[str, int]
+    phases: tuple[Phase, ...]
+    factor: float
+
+    @property
+    def peak(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.total_bytes)
+
+    @property
+    def argument_bytes(self) -> int:
+        return sum(self.arguments.values())
+
+    @property
+    def temporary_bytes(self) -> int:
+        return round(self.factor * self.peak.total_bytes)
+
+    @property
+    def total_bytes(self) -> int:
+        return self.argument_bytes + self.temporary_bytes
+
+
+def verdict(total_bytes: int, hbm_bytes: int | None, margin: float = MARGIN) -> Verdict:
+    """What to say of a program of that size on a chip that lets it use `hbm_bytes`; None: no such limit."""
+    if hbm_bytes is None:
+        return "no limit"
+    if total_bytes > hbm_bytes:
+        return "does not fit"
+    return "tight" if total_bytes * (1 + margin) > hbm_bytes else "fits"
+
+
+def memory(work: Workload, fitted: Fitted = FITTED) -> Memory:
+    """The memory of one chip."""
+    moment_bytes = work.num_moments * DTYPE_BYTES[work.moments]
+    arguments = {
+        "parameters": sum(_stored_bytes(row, work) for row in work.table),
+        "optimizer state": _local(_trained(work.table), work) * moment_bytes,
+        "batch": work.micro_batches * work.device_tokens * _BATCH_BYTES_PER_TOKEN,
+    }
+    return Memory(arguments, _phases(work, fitted), fitted.temporaries)
+
+
+def _phases(work: Workload, fitted: Fitted) -> tuple[Phase, ...]:
+    """The times at which a program may be at its largest, in their order within a micro-batch."""
+    head, embedding = _trained([work.head]), _trained([work.embedding])
+    trained, layers = _trained(work.table), _trained(work.layer_rows)
+    width, stream = work.compute_bytes, stream_bytes(work)
+    sums = {"gradient sums": _local(trained, work) * _SUM_BYTES} if work.micro_batches > 1 else {}
+    in_layers = {
+        **sums,
+        "cast weights": sum(_cast_bytes(row, work) for row in work.layer_rows),
+        "kept activations": kept_bytes(work),
+        "masks and rotary tables": shared_bytes(work),
+    }
+    around_loss = {
+        **in_layers,
+        "gathered weights": _used_bytes(work.head, work),
+        "activations in flight": round(fitted.stream_copies * stream),
+    }
+    logits = logits_bytes(work)
+    head_gradient = _gathered(head, work) * width
+    turn = _gathered(work.layer_rows, work) * width * work.period // work.facts.num_hidden_layers
+    turn_gradient = _gathered(layers, work) * width * work.period // work.facts.num_hidden_layers
+    done = _local({row.name: row for row in [*layers, *head]}.values(), work) * width
+    return (
+        Phase("loss", {**around_loss, "logits": round(fitted.logits_copies * logits)}),
+        Phase("gradient of the head", {**around_loss, "logits": logits, _UNREDUCED: head_gradient}),
+        Phase(
+            "backward pass of the layers",
+            {
+                **in_layers,
+                "gathered weights": round(fitted.gathered_layers * turn),
+                "activations in flight": in_flight_bytes(work),
+                _UNREDUCED: turn_gradient,
+                "gradients": done,
+            },
+        ),
+        Phase(
+            "gradient of the embedding",
+            {
+                **sums,
+                "activations in flight": stream,
+                _UNREDUCED: _gathered(embedding, work) * width,
+                "gradients": _local(trained, work) * width,
+            },
+        ),
+        Phase("update", sums or {"gradients": _local(trained, work) * width}),
+    )
+
+
+def _trained(rows: Iterable[ParamRow]) -> list[ParamRow]:
+    return [row for row in rows if row.trainable]
+
+
+def _local(rows: Iterable[ParamRow], work: Workload) -> int:
+    return sum(work.local_elements(row) for row in rows)
+
+
+def _gathered(rows: Iterable[ParamRow], work: Workload) -> int:
+    return sum(work.gathered_elements(row) for row in rows)
+
+
+def _stored_bytes(row: ParamRow, work: Workload) -> int:
+    return work.local_elements(row) * DTYPE_BYTES[row.storage_dtype]
+
+
+def _cast_bytes(row: ParamRow, work: Workload) -> int:
+    """Bytes of a device's own copy of its piece in the compute format; none where it is stored in it."""
+    return 0 if row.storage_dtype == work.compute else work.local_elements(row) * work.compute_bytes
+
+
+def _used_bytes(row: ParamRow, work: Workload) -> int:
+    """Bytes of the whole row as the step computes with it; none where that is the stored piece itself."""
+    is_stored = row.storage_dtype == work.compute and not work.gather_axes(row)
+    return 0 if is_stored else work.gathered_elements(row) * work.compute_bytes
