@@ -87,9 +87,9 @@ class Chip:
 #   (docs.cloud.google.com/tpu/docs/v4, v5e, v5p and v6e). A host has four chips in a slice of several hosts;
 #   one machine type of v5e and v6e has eight, and serves the eight-chip slice.
 # - ICI: the same pages give both directions of all links together: 1200 GB/s over 6 (v5p), 400 over 4 (v5e),
-#   800 over 4 (v6e). In bits and one direction, as their older versions write it: 4800, 1600 and 3200 Gbit/s
-#   a chip (for v6e also 3584). v4: "How to Scale Your Model" (jax-ml.github.io/scaling-book), part 2, which has the
-#   same values as Google Cloud for the other three.
+#   800 over 4 (v6e). Their older versions write one direction in bits: 4800, 1600 and 3200 Gbit/s a chip, and
+#   in between 3584 for v6e. v4: "How to Scale Your Model" (jax-ml.github.io/scaling-book), part 2, which has
+#   the same values as Google Cloud for the other three.
 # - DCN: v5p 50 Gbit/s per chip; v5e 6.4 and v6e 25.6 Tbit/s per pod of 256 chips. The v4 page has no value.
 V4 = Chip(
     name="v4",

@@ -71,7 +71,7 @@ def _load_bytes(work: Workload, devices_per_host: int) -> int:
 
 
 def _buffers(work: Workload) -> Iterable[list[ParamRow]]:
-    """Rows as they lie in buffers: a row by itself, or the same row of all layers of a place in the period."""
+    """Rows as they lie in buffers: one by itself, or that of all layers at one place of the period."""
     groups: dict[object, list[ParamRow]] = {}
     for row in work.table:
         found = _LAYER.match(row.name)

@@ -6,14 +6,15 @@ real ones are slower. FLOPs count a multiply-add as two.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tptrain.estimate.activations import KEPT
-from tptrain.estimate.collectives import Collective, Network
+from tptrain.estimate.collectives import Collective
 from tptrain.estimate.memory import memory
 from tptrain.estimate.network import AxisLinks
 from tptrain.estimate.workload import Workload
+from tptrain.family import ParamRow
 from tptrain.family.table import DTYPE_BYTES
 from tptrain.topology import Topology
 
@@ -48,7 +49,7 @@ class Roofline:
     """Seconds of one step, each thing by itself at its peak.
 
     compute:  all FLOPs at the peak of bfloat16. update: reading and writing the state in HBM.
-    ici:      the busiest mesh axis. dcn: everything between slices; 0 for one slice.
+    ici:      along the busiest mesh axis. dcn: everything between slices; 0 for one slice.
     fastest:  when what can go on at the same time does; slowest: when nothing does.
     mfu:      model FLOPs at peak over `fastest`: an upper bound.
     """
@@ -57,6 +58,7 @@ class Roofline:
     compute_seconds: float
     update_seconds: float
     ici_seconds: float
+    busiest_axis: str | None
     dcn_seconds: float
     fastest_seconds: float
     slowest_seconds: float
@@ -76,26 +78,43 @@ def step_flops(work: Workload) -> Flops:
     The embedding is a look-up and has none, as long as it is not the head as well. Recomputed: 2 x parameters
     x tokens and 4 x N x H a pair for the matrix products of a layer whose output the remat policy drops.
     """
-    tokens = work.rows * work.tokens * work.micro_batches
-    kept, facts = KEPT[work.remat], work.facts
+    tokens, kept = step_tokens(work), KEPT[work.remat]
     products = [row for row in work.layer_rows if len(row.size) == 2]
-    again = sum(row.num_elements for row in products if _MAKES.get(_matrix(row.name), "x") not in {*kept, "x"})
     matrices = sum(row.num_elements for row in products) + work.head.num_elements
+    again = sum(row.num_elements for row in products if _is_recomputed(row, kept))
+    attention = _attention_flops(work)
+    model = _PASSES * (2 * matrices * tokens + attention)
+    return Flops(model, 2 * again * tokens + _recomputed_part(work) * attention)
+
+
+def step_tokens(work: Workload) -> int:
+    """Tokens of a step over all devices."""
+    return work.rows * work.tokens * work.micro_batches
+
+
+def _is_recomputed(row: ParamRow, kept: frozenset[str]) -> bool:
+    """row: `model.layers.3.self_attn.q_proj.weight`, a matrix of a layer."""
+    made = _MAKES.get(row.name.split(".")[-2])
+    return made is not None and made not in kept
+
+
+def _attention_flops(work: Workload) -> float:
+    """Of the forward passes of a step: scores and weighted values of the pairs that the mask lets through."""
+    facts = work.facts
     pairs = sum(attended_pairs(work.tokens, kind.window) for kind in facts.layer_period)
-    pairs *= facts.num_hidden_layers // work.period * work.rows * work.micro_batches
-    forward = 4 * facts.num_attention_heads * facts.head_dim * pairs
-    model = 2 * _PASSES * matrices * tokens + _PASSES * forward
-    return Flops(model, 2 * again * tokens + (0 if "attended" in kept else forward))
+    rows = work.rows * work.micro_batches * (facts.num_hidden_layers // work.period)
+    return 4.0 * facts.num_attention_heads * facts.head_dim * pairs * rows
 
 
-def _matrix(name: str) -> str:
-    """`q_proj` of `model.layers.3.self_attn.q_proj.weight`."""
-    return name.split(".")[-2]
+def _recomputed_part(work: Workload) -> float:
+    """How much of the attention core's forward pass the backward pass repeats."""
+    kept = KEPT[work.remat]
+    if "attended" not in kept:
+        return 1.0
+    return 0.5 if work.attention == "plain" and "scores" not in kept else 0.0
 
 
-def seconds_of(
-    collective: Collective, links: dict[str, AxisLinks], topology: Topology
-) -> float | None:
+def seconds_of(collective: Collective, links: Mapping[str, AxisLinks], topology: Topology) -> float | None:
     """Received bytes over the speed of what they come through; None where that has no published number."""
     if collective.network == "DCN":
         speed = topology.chip.dcn_bytes_per_second
@@ -105,7 +124,7 @@ def seconds_of(
 
 
 def roofline(
-    work: Workload, topology: Topology, links: dict[str, AxisLinks], moved: Sequence[Collective]
+    work: Workload, topology: Topology, links: Mapping[str, AxisLinks], moved: Sequence[Collective]
 ) -> Roofline | None:
     """The roofline of a step; None for a chip without published numbers.
 
@@ -118,24 +137,37 @@ def roofline(
     peak = chip.peak_bf16_flops_per_second * work.num_devices
     compute = (flops.model + flops.recomputed) / peak
     update = _update_bytes(work) / chip.hbm_bytes_per_second
-    by_axis: dict[tuple[Network, str], float] = {}
-    for each in moved:
-        key = (each.network, each.axis if each.network == "ICI" else "all")
-        by_axis[key] = by_axis.get(key, 0.0) + (seconds_of(each, links, topology) or 0.0)
-    ici = max((s for (network, _), s in by_axis.items() if network == "ICI"), default=0.0)
-    dcn = max((s for (network, _), s in by_axis.items() if network == "DCN"), default=0.0)
-    fastest = max(compute, ici, dcn) + update
+    ici, dcn = _network_seconds(links, topology, moved)
+    busiest = max(ici, key=lambda axis: ici[axis], default=None)
+    ici_seconds = max(ici.values(), default=0.0)
+    fastest = max(compute, ici_seconds, dcn) + update
     return Roofline(
         flops=flops,
         compute_seconds=compute,
         update_seconds=update,
-        ici_seconds=ici,
+        ici_seconds=ici_seconds,
+        busiest_axis=busiest,
         dcn_seconds=dcn,
         fastest_seconds=fastest,
-        slowest_seconds=compute + sum(by_axis.values()) + update,
-        tokens_per_second_per_chip=work.rows * work.tokens * work.micro_batches / work.num_devices / fastest,
+        slowest_seconds=compute + sum(ici.values()) + dcn + update,
+        tokens_per_second_per_chip=step_tokens(work) / work.num_devices / fastest,
         mfu=flops.model / peak / fastest,
     )
+
+
+def _network_seconds(
+    links: Mapping[str, AxisLinks], topology: Topology, moved: Sequence[Collective]
+) -> tuple[dict[str, float], float]:
+    """Seconds over ICI by mesh axis, whose links are its own, and over DCN, which all axes share."""
+    ici: dict[str, float] = {}
+    dcn = 0.0
+    for each in moved:
+        seconds = seconds_of(each, links, topology) or 0.0
+        if each.network == "DCN":
+            dcn += seconds
+        else:
+            ici[each.axis] = ici.get(each.axis, 0.0) + seconds
+    return ici, dcn
 
 
 def _update_bytes(work: Workload) -> int:

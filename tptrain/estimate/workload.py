@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from tptrain.config.plan import Plan
@@ -67,15 +68,15 @@ class Workload:
         """Layers that one turn of the scan runs."""
         return len(self.facts.layer_period)
 
-    @property
+    @cached_property
     def layer_rows(self) -> tuple[ParamRow, ...]:
         return tuple(row for row in self.table if row.name.startswith(_LAYERS))
 
-    @property
+    @cached_property
     def embedding(self) -> ParamRow:
         return next(row for row in self.table if row.name == _EMBEDDING)
 
-    @property
+    @cached_property
     def head(self) -> ParamRow:
         """The row that gives the logits; the embedding where the two are tied."""
         return next((row for row in self.table if row.name == _HEAD), self.embedding)
