@@ -87,9 +87,8 @@ class Chip:
 #   (docs.cloud.google.com/tpu/docs/v4, v5e, v5p and v6e). A host has four chips in a slice of several hosts;
 #   one machine type of v5e and v6e has eight, and serves the eight-chip slice.
 # - ICI: the same pages give both directions of all links together: 1200 GB/s over 6 (v5p), 400 over 4 (v5e),
-#   800 over 4 (v6e). Their older versions write one direction in bits: 4800, 1600 and 3200 Gbit/s a chip, and
-#   in between 3584 for v6e. v4: "How to Scale Your Model" (jax-ml.github.io/scaling-book), part 2, which has
-#   the same values as Google Cloud for the other three.
+#   800 over 4 (v6e). v4: "How to Scale Your Model" (jax-ml.github.io/scaling-book), part 2, which has the
+#   same values as Google Cloud for the other three.
 # - DCN: v5p 50 Gbit/s per chip; v5e 6.4 and v6e 25.6 Tbit/s per pod of 256 chips. The v4 page has no value.
 V4 = Chip(
     name="v4",
@@ -180,6 +179,7 @@ _SHAPES_2D: tuple[Shape, ...] = tuple(
 )
 _SHAPES_BELOW_A_CUBE: tuple[Shape, ...] = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 _CUBE_CHIPS = 64
+_RING_2D = 16
 # XPK's and MaxText's lists have a v5p slice for every number of 4x4x4 cubes up to 96, save those (67, 71,
 # ...) whose only shape would be longer than this.
 _LONGEST_DEFAULT_SIDE = 244
@@ -232,6 +232,19 @@ class Topology:
         return _shape_text(self.chip, self.shape)
 
     @property
+    def wraps(self) -> tuple[bool, bool, bool]:
+        """Which dimensions of a slice's network are closed to rings, the last chip linked to the first.
+
+        v4 and v5p: all of a slice of whole 4x4x4 cubes (docs.cloud.google.com/tpu/docs/v5p). v5e and v6e:
+        sides of 16 chips ("How to Scale Your Model", part 2).
+        """
+        if self.chip.torus_dims == 2:
+            x, y, _ = self.shape
+            return (x == _RING_2D, y == _RING_2D, False)
+        closed = self.chip.torus_dims == 3 and all(side % 4 == 0 for side in self.shape)
+        return (closed, closed, closed)
+
+    @property
     def accelerator_type(self) -> str:
         """Google's name for one slice by size alone: "v5p-32", "v5litepod-16"."""
         name = _count_name(self.chip, self.devices_per_slice)
@@ -244,17 +257,6 @@ class Topology:
     @property
     def num_devices(self) -> int:
         return self.num_slices * self.devices_per_slice
-
-    @property
-    def wraps(self) -> tuple[bool, ...]:
-        """For each side of the shape, whether its ends are linked, which makes a ring of every line of chips.
-
-        v4 and v5p: all sides of slices made of whole cubes (docs.cloud.google.com/tpu/docs/v5p). v5e and v6e:
-        sides of 16 alone ("How to Scale Your Model", part 2).
-        """
-        if self.chip.torus_dims == 3:
-            return (min(self.shape) >= 4,) * 3
-        return tuple(self.chip.torus_dims == 2 and side == 16 for side in self.shape)
 
     @property
     def host_shape(self) -> Shape:

@@ -123,50 +123,55 @@ def memory(work: Workload, fitted: Fitted = FITTED) -> Memory:
 
 def _phases(work: Workload, fitted: Fitted) -> tuple[Phase, ...]:
     """The times at which a program may be at its largest, in their order within a micro-batch."""
-    head, embedding = _trained([work.head]), _trained([work.embedding])
-    trained, layers = _trained(work.table), _trained(work.layer_rows)
-    width, stream = work.compute_bytes, stream_bytes(work)
+    trained, width = _trained(work.table), work.compute_bytes
     sums = {"gradient sums": _local(trained, work) * _SUM_BYTES} if work.micro_batches > 1 else {}
+    gradients = {"gradients": _local(trained, work) * width}
     in_layers = {
         **sums,
         "cast weights": sum(_cast_bytes(row, work) for row in work.layer_rows),
         "kept activations": kept_bytes(work),
         "masks and rotary tables": shared_bytes(work),
     }
-    around_loss = {
-        **in_layers,
-        "gathered weights": _used_bytes(work.head, work),
-        "activations in flight": round(fitted.stream_copies * stream),
-    }
-    logits = logits_bytes(work)
-    head_gradient = _gathered(head, work) * width
-    turn = _gathered(work.layer_rows, work) * width * work.period // work.facts.num_hidden_layers
-    turn_gradient = _gathered(layers, work) * width * work.period // work.facts.num_hidden_layers
-    done = _local({row.name: row for row in [*layers, *head]}.values(), work) * width
+    embedding = _gathered(_trained([work.embedding]), work) * width
     return (
-        Phase("loss", {**around_loss, "logits": round(fitted.logits_copies * logits)}),
-        Phase("gradient of the head", {**around_loss, "logits": logits, _UNREDUCED: head_gradient}),
-        Phase(
-            "backward pass of the layers",
-            {
-                **in_layers,
-                "gathered weights": round(fitted.gathered_layers * turn),
-                "activations in flight": in_flight_bytes(work),
-                _UNREDUCED: turn_gradient,
-                "gradients": done,
-            },
-        ),
+        *_loss_phases(work, fitted, in_layers),
+        Phase("backward pass of the layers", {**in_layers, **_layer_parts(work, fitted)}),
         Phase(
             "gradient of the embedding",
-            {
-                **sums,
-                "activations in flight": stream,
-                _UNREDUCED: _gathered(embedding, work) * width,
-                "gradients": _local(trained, work) * width,
-            },
+            {**sums, **gradients, "activations in flight": stream_bytes(work), _UNREDUCED: embedding},
         ),
-        Phase("update", sums or {"gradients": _local(trained, work) * width}),
+        Phase("update", sums or gradients),
     )
+
+
+def _loss_phases(work: Workload, fitted: Fitted, in_layers: Mapping[str, int]) -> list[Phase]:
+    """Around the head. With chunks, its gradient is summed in float32 while logits come and go."""
+    around = {
+        **in_layers,
+        "gathered weights": _used_bytes(work.head, work),
+        "activations in flight": round(fitted.stream_copies * stream_bytes(work)),
+    }
+    logits, head = logits_bytes(work), _gathered(_trained([work.head]), work)
+    both = {"logits": round(fitted.logits_copies * logits)}
+    if work.loss_chunk_tokens is None:
+        gradient = {"logits": logits, _UNREDUCED: head * work.compute_bytes}
+        return [Phase("loss", {**around, **both}), Phase("gradient of the head", {**around, **gradient})]
+    chunk = head * work.compute_bytes if work.loss_chunk_tokens < work.tokens else 0
+    return [Phase("loss", {**around, **both, _UNREDUCED: head * _SUM_BYTES + chunk})]
+
+
+def _layer_parts(work: Workload, fitted: Fitted) -> dict[str, int]:
+    """What the backward pass of the layers has beside what lives all along."""
+    trained = _trained(work.layer_rows)
+    done = _trained({row.name: row for row in (*work.layer_rows, work.head)}.values())
+    turns = work.facts.num_hidden_layers // work.period
+    weights = _gathered(work.layer_rows, work) * work.compute_bytes // turns
+    return {
+        "gathered weights": round(fitted.gathered_layers * weights),
+        "activations in flight": in_flight_bytes(work),
+        _UNREDUCED: _gathered(trained, work) * work.compute_bytes // turns,
+        "gradients": _local(done, work) * work.compute_bytes,
+    }
 
 
 def _trained(rows: Iterable[ParamRow]) -> list[ParamRow]:

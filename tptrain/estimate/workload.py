@@ -36,7 +36,8 @@ class Workload:
     moments:           format of the optimizer's moments. num_moments: numbers kept per trained number.
     remat:             name of the remat policy.
     attention:         "plain" keeps the scores of every pair of tokens in memory, "splash" never does.
-    loss_chunk_tokens: tokens of a device whose logits exist at a time; None for all of them.
+    loss_chunk_tokens: tokens of every row whose logits exist at a time, the gradients being made along with
+                       the loss; None for a loss that automatic differentiation takes of all logits at once.
     """
 
     facts: ModelFacts
@@ -90,7 +91,8 @@ class Workload:
     @property
     def logits_tokens(self) -> int:
         """Tokens of one device whose logits exist at a time."""
-        return min(self.loss_chunk_tokens or self.device_tokens, self.device_tokens)
+        chunk = self.tokens if self.loss_chunk_tokens is None else self.loss_chunk_tokens
+        return self.device_tokens * chunk // self.tokens
 
     def split_axes(self, row: ParamRow) -> list[str]:
         """The axes of size above 1 that split a row."""

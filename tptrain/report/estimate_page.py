@@ -112,8 +112,8 @@ def _time_lines(found: Estimate, line: Roofline) -> list[str]:
         f" {seconds_text(line.ici_seconds)}. DCN: {seconds_text(line.dcn_seconds)}.",
         f"Step: {seconds_text(line.fastest_seconds)} if all of that overlaps but the update,"
         f" {seconds_text(line.slowest_seconds)} if nothing does.",
-        f"At best {line.tokens_per_second_per_chip:,.0f} tokens/s on a chip and MFU {line.mfu:.0%} (not counting"
-        " what is computed again).",
+        f"At best {line.tokens_per_second_per_chip:,.0f} tokens/s a chip and MFU {line.mfu:.0%}, not counting"
+        " what is computed again.",
     ]
 
 
