@@ -19,8 +19,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def small_plan(*overrides: str) -> Plan:
     """3 layers, D 96, N 8, K 4, H 12, F 176, V 1031; 48 rows x 256 tokens; cpu-8 as fsdp=4 x tensor=2."""
-    mesh = ["mesh.fsdp=4", "mesh.tensor=2"] if not any(o.startswith("topology=") for o in overrides) else []
-    return plan_recipe(apply_overrides(small_recipe(), [*mesh, "remat.policy=full", *overrides]), {})
+    given = {override.partition("=")[0] for override in overrides}
+    mesh = [] if "topology" in given else ["mesh.fsdp=4", "mesh.tensor=2"]
+    remat = [] if "remat.policy" in given else ["remat.policy=full"]
+    return plan_recipe(apply_overrides(small_recipe(), [*mesh, *remat, *overrides]), {})
 
 
 def small_work(*overrides: str, **changes: Any) -> Workload:
