@@ -24,7 +24,7 @@ def _said(plan: Plan) -> str:
 
 @pytest.mark.parametrize(
     ("rows", "words"),
-    [(64, "it fits, with 10% to spare."), (256, "does not fit.")],
+    [(16, "it fits, with 10% to spare."), (256, "does not fit.")],
 )
 def test_a_tpu_run_notes_the_estimate_and_goes_on(rows: int, words: str) -> None:
     (line,) = (each for each in _said(llama3_plan("v6e-8", 2048, rows)).splitlines() if "estimate" in each)
