@@ -8,6 +8,7 @@ import pytest
 
 from tests.estimate.workloads import GIB, llama3_work, small_work
 from tptrain.estimate.memory import FITTED, Memory, memory, verdict
+from tptrain.estimate.workload import StateTensor, adamw_state
 
 # Numbers of one layer on one device of fsdp=4 x tensor=2: q, o; k, v; gate, up, down; two norms, not split.
 LAYER = (2 * 96 * 96 + 2 * 48 * 96 + 3 * 176 * 96) // 8 + 2 * 96
@@ -145,7 +146,8 @@ def test_frozen_rows_have_no_moments_and_no_gradients() -> None:
         dataclasses.replace(row, trainable=False, storage_dtype="bfloat16") if "mlp" in row.name else row
         for row in work.table
     )
-    found = memory(dataclasses.replace(work, table=table))
+    frozen_work = dataclasses.replace(work, table=table, optimizer=adamw_state(table, work.specs))
+    found = memory(frozen_work)
     frozen = 3 * 3 * 176 * 96 // 8
     assert found.arguments["parameters"] == 4 * (LOCAL - frozen) + 2 * frozen
     assert found.arguments["optimizer state"] == 8 * (LOCAL - frozen)
@@ -154,8 +156,17 @@ def test_frozen_rows_have_no_moments_and_no_gradients() -> None:
     assert _phases(found)["loss"]["cast weights"] == 2 * (3 * LAYER - frozen)
 
 
-def test_narrower_moments() -> None:
-    assert memory(small_work(moments="bfloat16")).arguments["optimizer state"] == 4 * LOCAL
+def test_other_optimizers_keep_other_tensors() -> None:
+    """The first moment alone, in bfloat16; and of the head a number per row, split as its rows are."""
+    work = small_work()
+    narrow = tuple(
+        dataclasses.replace(each, row=dataclasses.replace(each.row, storage_dtype="bfloat16"))
+        for each in work.optimizer[: len(work.table)]
+    )
+    assert memory(dataclasses.replace(work, optimizer=narrow)).arguments["optimizer state"] == 2 * LOCAL
+    row = dataclasses.replace(work.head, dims=("vocab",), size=(1031,), padded_size=(1032,))
+    factored = dataclasses.replace(work, optimizer=(StateTensor(row, (("tensor",),)),))
+    assert memory(factored).arguments["optimizer state"] == 4 * 1032 // 2
 
 
 def test_a_period_of_two_layers_keeps_half_the_inputs_and_works_with_both() -> None:

@@ -35,8 +35,8 @@ class Activation:
     dtype: str | None = None
 
 
-# In the order of the forward pass (models/decoder.py). Those that it marks have the mark's name and dims;
-# the others are the inputs of matrix products that no mark names.
+# In the order of the forward pass (models/decoder.py). Those that it marks have the mark's name and dims; the
+# others are operands of matrix products, which the backward pass needs as well.
 LAYER = (
     Activation("attention_input", _STREAM, "attention"),
     Activation("query", _HEADS, "attention"),
@@ -44,7 +44,7 @@ LAYER = (
     Activation("value", _KV_HEADS, "attention"),
     Activation("scores", _SCORES, "attention", "plain"),
     Activation("attention_weights", _SCORES, "attention", "plain"),
-    Activation("logsumexp", (*_TOKENS, "act_heads"), "attention", "splash", "float32"),
+    Activation("logsumexp", ("act_batch", "act_heads", "act_tokens"), "attention", "splash", "float32"),
     Activation("attended", _HEADS, "attention"),
     Activation("after_attention", _STREAM, "attention"),
     Activation("mlp_input", _STREAM, "mlp"),
@@ -53,26 +53,21 @@ LAYER = (
     Activation("mlp_hidden", _MLP, "mlp"),
 )
 
-_DOTS = frozenset({"query", "key", "value", "attended", "after_attention", "gate", "up"})
-# Remat policy -> what the backward pass finds ready, beside each layer's input. The log-sum-exp that the
-# splash kernel's backward pass needs is kept with its output.
+_ATTENTION = frozenset({"attended", "logsumexp"})
+_PRODUCTS = _ATTENTION | {"query", "key", "value", "after_attention", "gate", "up"}
+# Remat policy -> what the backward pass finds ready, beside each layer's input. The softmax of the plain core
+# is made from its scores again under every policy.
 KEPT: dict[str, frozenset[str]] = {
     "full": frozenset(),
-    "attention": frozenset({"attended"}),
-    "dots": _DOTS,
-    "none": _DOTS | {"scores"},
+    "attention": _ATTENTION,
+    "dots": _PRODUCTS,
+    "none": _PRODUCTS | {"scores", "attention_input", "mlp_input", "mlp_hidden"},
 }
 
 
 def layer_activations(work: Workload) -> list[Activation]:
     """The activations that a layer has with this attention core."""
     return [activation for activation in LAYER if activation.core in (None, work.attention)]
-
-
-def is_kept(activation: Activation, work: Workload) -> bool:
-    """Whether the remat policy keeps it from the forward pass to the backward pass."""
-    name = "attended" if activation.name == "logsumexp" else activation.name
-    return name in KEPT[work.remat]
 
 
 def act_sizes(work: Workload) -> dict[str, int]:
@@ -129,7 +124,7 @@ def kept_bytes(work: Workload) -> int:
     """Bytes that all layers keep for the backward pass: each turn's input, and what the policy names."""
     layers = work.facts.num_hidden_layers
     inputs = layers // work.period * stream_bytes(work)
-    named = [device_bytes(a, work) for a in layer_activations(work) if is_kept(a, work)]
+    named = [device_bytes(a, work) for a in layer_activations(work) if a.name in KEPT[work.remat]]
     return inputs + layers * sum(named)
 
 

@@ -47,11 +47,8 @@ class HostNeeds:
 def host_needs(plan: Plan, work: Workload | None = None) -> HostNeeds:
     """What a plan asks of each of its hosts and of the disk."""
     work = work or workload_of(plan)
-    moment_bytes = work.num_moments * DTYPE_BYTES[work.moments]
-    state = sum(
-        row.num_elements * (DTYPE_BYTES[row.storage_dtype] + moment_bytes * row.trainable)
-        for row in work.table
-    )
+    kept = [*work.table, *(each.row for each in work.optimizer)]
+    state = sum(row.num_elements * DTYPE_BYTES[row.storage_dtype] for row in kept)
     export = plan.recipe.export
     exported = sum(row.num_elements for row in work.table) * DTYPE_BYTES[export.dtype]
     return HostNeeds(

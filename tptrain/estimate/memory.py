@@ -112,10 +112,9 @@ def verdict(total_bytes: int, hbm_bytes: int | None, margin: float = MARGIN) -> 
 
 def memory(work: Workload, fitted: Fitted = FITTED) -> Memory:
     """The memory of one chip."""
-    moment_bytes = work.num_moments * DTYPE_BYTES[work.moments]
     arguments = {
         "parameters": sum(_stored_bytes(row, work) for row in work.table),
-        "optimizer state": _local(_trained(work.table), work) * moment_bytes,
+        "optimizer state": work.optimizer_bytes,
         "batch": work.micro_batches * work.device_tokens * _BATCH_BYTES_PER_TOKEN,
     }
     return Memory(arguments, _phases(work, fitted), fitted.temporaries)

@@ -7,7 +7,7 @@ hand where a choice is to be compared that no recipe has yet.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -26,14 +26,22 @@ _HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
+class StateTensor:
+    """A tensor of the optimizer's state. row: of the weight it belongs to, with its own sizes and format."""
+
+    row: ParamRow
+    spec: Spec
+
+
+@dataclass(frozen=True)
 class Workload:
     """One train step on a mesh.
 
     table:             the stored rows, padded for the mesh. specs: how the mesh splits them, by row name.
+    optimizer:         what the optimizer keeps beside them.
     rows, tokens:      of one micro-batch: rows over all devices, and tokens of each.
     micro_batches:     of a step.
     compute:           format of activations and of weights inside the step.
-    moments:           format of the optimizer's moments. num_moments: numbers kept per trained number.
     remat:             name of the remat policy.
     attention:         "plain" keeps the scores of every pair of tokens in memory, "splash" never does.
     loss_chunk_tokens: tokens of every row whose logits exist at a time, the gradients being made along with
@@ -43,14 +51,13 @@ class Workload:
     facts: ModelFacts
     table: tuple[ParamRow, ...]
     specs: Mapping[str, Spec]
+    optimizer: tuple[StateTensor, ...]
     rules: RuleTable
     axis_sizes: Mapping[str, int]
     rows: int
     tokens: int
     micro_batches: int = 1
     compute: str = "bfloat16"
-    moments: str = "float32"
-    num_moments: int = 2
     remat: str = "full"
     attention: Attention = "plain"
     loss_chunk_tokens: int | None = None
@@ -94,6 +101,16 @@ class Workload:
         chunk = self.tokens if self.loss_chunk_tokens is None else self.loss_chunk_tokens
         return self.device_tokens * chunk // self.tokens
 
+    @property
+    def optimizer_bytes(self) -> int:
+        """Bytes of the optimizer's state on one device."""
+        return sum(
+            math.prod(each.row.padded_size)
+            * DTYPE_BYTES[each.row.storage_dtype]
+            // split_count([axis for axes in each.spec for axis in axes], self.axis_sizes)
+            for each in self.optimizer
+        )
+
     def split_axes(self, row: ParamRow) -> list[str]:
         """The axes of size above 1 that split a row."""
         return [axis for axes in self.specs[row.name] for axis in axes if self.axis_sizes[axis] > 1]
@@ -114,17 +131,22 @@ class Workload:
 
 def workload_of(plan: Plan) -> Workload:
     """The train step that a plan runs."""
-    recipe = plan.recipe
+    recipe, table = plan.recipe, stored_rows(plan.table)
     return Workload(
         facts=plan.facts,
-        table=stored_rows(plan.table),
+        table=table,
         specs=plan.specs,
+        optimizer=adamw_state(table, plan.specs),
         rules=plan.rules,
         axis_sizes=plan.mesh.axis_sizes,
         rows=plan.micro_rows,
         tokens=recipe.data.seq_len,
         micro_batches=recipe.optim.accumulation,
         compute=recipe.precision.compute,
-        moments=recipe.precision.master,
         remat=recipe.remat.policy,
     )
+
+
+def adamw_state(table: Sequence[ParamRow], specs: Mapping[str, Spec]) -> tuple[StateTensor, ...]:
+    """AdamW's two moments of every trained row, in the format of the row."""
+    return tuple(StateTensor(row, specs[row.name]) for _ in range(2) for row in table if row.trainable)
