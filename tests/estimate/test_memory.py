@@ -14,8 +14,8 @@ from tptrain.estimate.workload import StateTensor, adamw_state
 LAYER = (2 * 96 * 96 + 2 * 48 * 96 + 3 * 176 * 96) // 8 + 2 * 96
 HEAD = 1032 * 96 // 8
 LOCAL = 2 * HEAD + 3 * LAYER + 96
-# What a device computes with: four pieces of all that is split, the norms as they are.
-GATHERED_LAYER = 4 * (LAYER - 192) + 192
+# The largest matrix of a layer, as a device computes with it: the four pieces of fsdp.
+MATRIX = 176 * 96 // 2
 STREAM = 12 * 256 * 96 * 2
 LOGITS = 12 * 256 * 516 * 2
 
@@ -51,9 +51,9 @@ def test_phases_by_hand() -> None:
         },
         "backward pass of the layers": {
             **all_along,
-            "gathered weights": 2 * 2 * GATHERED_LAYER,
-            "activations in flight": 31_506_432,
-            "gradients before their reduction": 2 * GATHERED_LAYER,
+            "gathered weights": 2 * 2 * MATRIX,
+            "activations in flight": 25_214_976,
+            "gradients before their reduction": 2 * MATRIX,
             "gradients": 2 * (3 * LAYER + HEAD),
         },
         "gradient of the embedding": {
@@ -68,7 +68,7 @@ def test_phases_by_hand() -> None:
 def test_the_peak_is_the_largest_phase() -> None:
     found = memory(small_work())
     assert found.peak.name == "backward pass of the layers"
-    assert found.temporary_bytes == found.peak.total_bytes == 34_590_528
+    assert found.temporary_bytes == found.peak.total_bytes == 28_113_600
     assert found.total_bytes == found.argument_bytes + found.temporary_bytes
     # Without scores the logits are the largest.
     assert memory(small_work(attention="splash")).peak.name == "loss"
@@ -82,7 +82,7 @@ def test_llama3_8b_as_libtpu_compiled_it(seq_len: int, rows_per_chip: int, tempo
     """fsdp=16 on v5p-32, full remat, splash attention, all logits: MaxText's program, libtpu 0.0.52."""
     found = memory(llama3_work(seq_len, rows_per_chip))
     assert found.argument_bytes / GIB == pytest.approx(5.61, abs=0.01)
-    assert found.temporary_bytes / GIB == pytest.approx(temporaries_gib, rel=0.03)
+    assert found.temporary_bytes / GIB == pytest.approx(temporaries_gib, rel=0.02)
 
 
 def test_twice_the_fsdp_halves_what_it_splits() -> None:
@@ -177,7 +177,8 @@ def test_a_period_of_two_layers_keeps_half_the_inputs_and_works_with_both() -> N
     )
     one, two = (_phases(memory(each))["backward pass of the layers"] for each in (work, pair))
     assert two["kept activations"] == one["kept activations"] / 2
-    assert two["gathered weights"] == 2 * one["gathered weights"]
+    layer = 12 * 256 * 2 * (3 * 96 + 2 * 48 + 2 * 24 + 3 * 88) + 12 * 4 * 256 * 256 * 2
+    assert two["activations in flight"] - one["activations in flight"] == layer
     # A mask for each window.
     assert two["masks and rotary tables"] - one["masks and rotary tables"] == 12 * 256 * 256
 

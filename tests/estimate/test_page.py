@@ -21,7 +21,7 @@ def test_the_page_has_every_part() -> None:
     for text in (
         "Memory of a chip, estimated",
         "of the 95.74 GiB that libtpu lets a program use on a v5p chip: it fits, with 10% to spare.",
-        "Largest in: backward pass of the layers; remat full, attention plain (scores in memory).",
+        "Largest in: gradient of the head; remat full, attention plain (scores in memory).",
         "  optimizer state                     3.74 GiB",
         "Memory of each of 4 hosts beside the process itself, and disk",
         "  Loading: 3.50 GiB. Saving: 26.92 GiB at most",
@@ -64,7 +64,7 @@ def test_an_axis_that_takes_a_part_of_a_side_is_noticed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "words"), [(128, "it fits, with 10% to spare"), (192, "tight: less than 10% to spare")]
+    ("rows", "words"), [(128, "it fits, with 10% to spare"), (224, "tight: less than 10% to spare")]
 )
 def test_verdict_sentences(rows: int, words: str) -> None:
     plan = llama3_plan("v6e-16", 2048, rows)

@@ -26,6 +26,7 @@ class Activation:
 
     block: which half of the layer computes it. core: the attention core it belongs to; None: both.
     dtype: its format; None: the compute format.
+    read_back: whether the backward pass reads its value. It reads the softmax, not the scores it is made of.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Activation:
     block: str
     core: str | None = None
     dtype: str | None = None
+    read_back: bool = True
 
 
 # In the order of the forward pass (models/decoder.py). Those that it marks have the mark's name and dims; the
@@ -42,7 +44,7 @@ LAYER = (
     Activation("query", _HEADS, "attention"),
     Activation("key", _KV_HEADS, "attention"),
     Activation("value", _KV_HEADS, "attention"),
-    Activation("scores", _SCORES, "attention", "plain"),
+    Activation("scores", _SCORES, "attention", "plain", read_back=False),
     Activation("attention_weights", _SCORES, "attention", "plain"),
     Activation("logsumexp", ("act_batch", "act_heads", "act_tokens"), "attention", "splash", "float32"),
     Activation("attended", _HEADS, "attention"),
@@ -131,10 +133,12 @@ def kept_bytes(work: Workload) -> int:
 def in_flight_bytes(work: Workload) -> int:
     """Bytes that the backward pass of one turn of the scan works with.
 
-    All its activations, kept ones included, because a turn copies its own out of the stack; and the
+    All activations that it reads, kept ones included, because a turn copies its own out of the stack; and the
     gradients of one block's, the larger, because those of the other are not there yet or no longer.
     """
-    blocks: dict[str, int] = {}
+    values, gradients = 0, {"attention": 0, "mlp": 0}
     for activation in layer_activations(work):
-        blocks[activation.block] = blocks.get(activation.block, 0) + device_bytes(activation, work)
-    return work.period * sum(blocks.values()) + max(blocks.values())
+        size = device_bytes(activation, work)
+        values += size if activation.read_back else 0
+        gradients[activation.block] += size
+    return work.period * values + max(gradients.values())

@@ -44,13 +44,14 @@ class Fitted:
     logits_copies:   logits and whatever has their shape, in units of the logits in the compute format, while
                      their gradient is made.
     stream_copies:   activations [B, T, D] around the loss: input and output of the last norm, a gradient.
-    gathered_layers: layers whose collected weights exist at a time: the one in use and the one on its way.
+    gathered:        collected matrices of a layer that exist at a time, in units of the largest: the one in use
+                     and the one on its way.
     temporaries:     temporaries over the sum of the parts of the largest phase.
     """
 
     logits_copies: float = 2.0
     stream_copies: float = 3.0
-    gathered_layers: float = 2.0
+    gathered: float = 2.0
     temporaries: float = 1.0
 
 
@@ -163,12 +164,14 @@ def _layer_parts(work: Workload, fitted: Fitted) -> dict[str, int]:
     """What the backward pass of the layers has beside what lives all along."""
     trained = _trained(work.layer_rows)
     done = _trained({row.name: row for row in (*work.layer_rows, work.head)}.values())
-    turns = work.facts.num_hidden_layers // work.period
-    weights = _gathered(work.layer_rows, work) * work.compute_bytes // turns
+    matrix, gradient = (
+        max((work.gathered_elements(row) for row in rows), default=0) * work.compute_bytes
+        for rows in (work.layer_rows, trained)
+    )
     return {
-        "gathered weights": round(fitted.gathered_layers * weights),
+        "gathered weights": round(fitted.gathered * matrix),
         "activations in flight": in_flight_bytes(work),
-        _UNREDUCED: _gathered(trained, work) * work.compute_bytes // turns,
+        _UNREDUCED: gradient,
         "gradients": _local(done, work) * work.compute_bytes,
     }
 
