@@ -17,18 +17,18 @@ LLAMA = str(ROOT / "recipes" / "llama3_8b_gsm8k.py")
 
 
 def test_the_page_has_every_part() -> None:
-    page = plan_page(llama3_plan("v5p-32", 512, 64))
+    page = " ".join(plan_page(llama3_plan("v5p-32", 512, 64)).split())
     for text in (
         "Memory of a chip, estimated",
         "of the 95.74 GiB that libtpu lets a program use on a v5p chip: it fits, with 10% to spare.",
         "Largest in: gradient of the head; remat full, attention plain (scores in memory).",
-        "  optimizer state                     3.74 GiB",
+        "optimizer state 3.74 GiB",
         "Memory of each of 4 hosts beside the process itself, and disk",
-        "  Loading: 3.50 GiB. Saving: 26.92 GiB at most",
-        "  Checkpoint: 89.75 GiB on disk; up to 3 at a time: 269.24 GiB.",
-        "  Export: 14.96 GiB on disk",
+        "Loading: 3.50 GiB. Saving: 26.92 GiB at most",
+        "Checkpoint: 89.75 GiB on disk; up to 3 at a time: 269.24 GiB.",
+        "Export: 14.96 GiB on disk",
         "Traffic of a step, expected: what one chip receives",
-        "all-gather      fsdp (ICI)  weights: layers, forward     224 x   12.19 GiB  43.6 ms",
+        "all-gather fsdp (ICI) weights: layers, forward 224 x 12.19 GiB 43.6 ms",
         "mesh.fsdp lies on sides 2 x 2 x 4 of the slice: 300 GB/s into a chip.",
         "Time of a step, a roofline: no step is faster, real ones are slower",
         "Arithmetic: 1,488.7 TFLOP (6 x parameters in matrix products x tokens + causal attention)",

@@ -44,8 +44,8 @@ class Fitted:
     logits_copies:   logits and whatever has their shape, in units of the logits in the compute format, while
                      their gradient is made.
     stream_copies:   activations [B, T, D] around the loss: input and output of the last norm, a gradient.
-    gathered:        collected matrices of a layer that exist at a time, in units of the largest: the one in use
-                     and the one on its way.
+    gathered:        collected matrices of a layer that exist at a time, in units of the largest: the one in
+                     use and the one on its way.
     temporaries:     temporaries over the sum of the parts of the largest phase.
     """
 
