@@ -50,8 +50,8 @@ def test_the_proposed_change_fits(name: str) -> None:
 def test_no_smaller_number_of_micro_batches_would_do() -> None:
     plan = llama3_plan(*CASES["micro-batches"][0])
     count = int(_problem(plan).fix.removeprefix("optim.accumulation="))
-    assert count == 4
-    for each in (1, 2):
+    assert count > 2
+    for each in (c for c in range(1, count) if 512 // 16 % c == 0):
         assert estimate(_changed(plan, f"optim.accumulation={each}")).verdict != "fits"
 
 
@@ -76,7 +76,8 @@ def test_what_fits_or_has_no_limit_is_no_problem() -> None:
 
 
 def test_tight_is_said_and_not_refused() -> None:
-    plan = llama3_plan("v6e-16", 2048, 224)
-    found = estimate(plan)
-    assert found.verdict == "tight"
-    assert memory_problems(plan, found) == []
+    found = {rows: estimate(llama3_plan("v6e-16", 2048, rows)) for rows in range(96, 256, 16)}
+    tight = [rows for rows, each in found.items() if each.verdict == "tight"]
+    assert tight
+    for rows in tight:
+        assert memory_problems(llama3_plan("v6e-16", 2048, rows), found[rows]) == []

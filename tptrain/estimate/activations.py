@@ -26,7 +26,6 @@ class Activation:
 
     block: which half of the layer computes it. core: the attention core it belongs to; None: both.
     dtype: its format; None: the compute format.
-    read_back: whether the backward pass reads its value. It reads the softmax, not the scores it is made of.
     """
 
     name: str
@@ -34,7 +33,6 @@ class Activation:
     block: str
     core: str | None = None
     dtype: str | None = None
-    read_back: bool = True
 
 
 # In the order of the forward pass (models/decoder.py). Those that it marks have the mark's name and dims; the
@@ -44,8 +42,7 @@ LAYER = (
     Activation("query", _HEADS, "attention"),
     Activation("key", _KV_HEADS, "attention"),
     Activation("value", _KV_HEADS, "attention"),
-    Activation("scores", _SCORES, "attention", "plain", read_back=False),
-    Activation("attention_weights", _SCORES, "attention", "plain"),
+    Activation("scores", _SCORES, "attention", "plain"),
     Activation("logsumexp", ("act_batch", "act_heads", "act_tokens"), "attention", "splash", "float32"),
     Activation("attended", _HEADS, "attention"),
     Activation("after_attention", _STREAM, "attention"),
@@ -58,7 +55,7 @@ LAYER = (
 _ATTENTION = frozenset({"attended", "logsumexp"})
 _PRODUCTS = _ATTENTION | {"query", "key", "value", "after_attention", "gate", "up"}
 # Remat policy -> what the backward pass finds ready, beside each layer's input. The softmax of the plain core
-# is made from its scores again under every policy.
+# is made of its scores again under every policy.
 KEPT: dict[str, frozenset[str]] = {
     "full": frozenset(),
     "attention": _ATTENTION,
@@ -130,15 +127,18 @@ def kept_bytes(work: Workload) -> int:
     return inputs + layers * sum(named)
 
 
-def in_flight_bytes(work: Workload) -> int:
+def in_flight_bytes(work: Workload, bytes_per_score: float) -> int:
     """Bytes that the backward pass of one turn of the scan works with.
 
-    All activations that it reads, kept ones included, because a turn copies its own out of the stack; and the
-    gradients of one block's, the larger, because those of the other are not there yet or no longer.
+    All its activations, kept ones included, because a turn copies its own out of the stack; and the gradients
+    of one block's, the larger, because those of the other are not there yet or no longer. Scores exist for
+    one layer at a time: `bytes_per_score` is what softmax and gradients take for each.
     """
     values, gradients = 0, {"attention": 0, "mlp": 0}
     for activation in layer_activations(work):
-        size = device_bytes(activation, work)
-        values += size if activation.read_back else 0
-        gradients[activation.block] += size
+        if activation.name == "scores":
+            gradients["attention"] += round(bytes_per_score * device_elements(activation.dims, work))
+        else:
+            values += device_bytes(activation, work)
+            gradients[activation.block] += device_bytes(activation, work)
     return work.period * values + max(gradients.values())

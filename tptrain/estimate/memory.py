@@ -46,12 +46,18 @@ class Fitted:
     stream_copies:   activations [B, T, D] around the loss: input and output of the last norm, a gradient.
     gathered:        collected matrices of a layer that exist at a time, in units of the largest: the one in
                      use and the one on its way.
+    one_row_scores:  copies of the plain core's scores, in the compute format, while the backward pass of a
+                     layer makes their gradient, for one row on a device. Seen: 3 in bfloat16.
+    scores_bytes:    bytes of each score at that time for several rows on a device: the compiler then writes
+                     the softmax in float32 as well. Seen: three copies in float32 and two in bfloat16.
     temporaries:     temporaries over the sum of the parts of the largest phase.
     """
 
     logits_copies: float = 2.0
     stream_copies: float = 3.0
     gathered: float = 2.0
+    one_row_scores: float = 3.0
+    scores_bytes: float = 16.0
     temporaries: float = 1.0
 
 
@@ -170,10 +176,16 @@ def _layer_parts(work: Workload, fitted: Fitted) -> dict[str, int]:
     )
     return {
         "gathered weights": round(fitted.gathered * matrix),
-        "activations in flight": in_flight_bytes(work),
+        "activations in flight": in_flight_bytes(work, _bytes_per_score(work, fitted)),
         _UNREDUCED: gradient,
         "gradients": _local(done, work) * work.compute_bytes,
     }
+
+
+def _bytes_per_score(work: Workload, fitted: Fitted) -> float:
+    if work.device_tokens == work.tokens or work.compute_bytes >= _SUM_BYTES:
+        return fitted.one_row_scores * work.compute_bytes
+    return fitted.scores_bytes
 
 
 def _trained(rows: Iterable[ParamRow]) -> list[ParamRow]:
