@@ -31,12 +31,12 @@ def _bytes(found: dict[tuple[str, str, str, str], Collective]) -> dict[tuple[str
 
 
 EXPECTED = {
-    ("all-gather", "fsdp", "ICI", "weights: embedding, forward"): 3 / 4 * HEAD * 2,
     ("all-gather", "fsdp", "ICI", "weights: layers, forward"): 3 / 4 * 3 * LAYER * 2,
     ("all-gather", "fsdp", "ICI", "weights: head"): 3 / 4 * HEAD * 2,
     ("all-gather", "fsdp", "ICI", "weights: layers, backward"): 3 / 4 * 3 * LAYER * 2,
-    ("reduce-scatter", "fsdp", "ICI", "gradients"): 3 / 4 * (3 * LAYER + 2 * HEAD) * 2,
+    ("reduce-scatter", "fsdp", "ICI", "gradients"): 3 / 4 * (3 * LAYER + HEAD) * 2,
     ("all-reduce", "fsdp", "ICI", "gradients"): 2 * 3 / 4 * NORMS * 2,
+    ("all-to-all", "fsdp", "ICI", "activations: embedding"): 3 / 4 * 2 * STREAM,
     ("all-reduce", "tensor", "ICI", "activations: embedding, and layers forward"): 2 * 1 / 2 * 7 * STREAM,
     ("all-reduce", "tensor", "ICI", "activations: layers computed again"): 2 * 1 / 2 * 3 * STREAM,
     ("all-reduce", "tensor", "ICI", "activations: layers backward, and head"): 2 * 1 / 2 * 7 * STREAM,
@@ -52,7 +52,8 @@ def test_counts() -> None:
     counts = {(each.kind, each.what): each.count for each in found.values()}
     assert counts["all-gather", "weights: layers, forward"] == 3 * 7
     assert counts["all-gather", "weights: head"] == 1
-    assert counts["reduce-scatter", "gradients"] == 3 * 7 + 2
+    assert counts["reduce-scatter", "gradients"] == 3 * 7 + 1
+    assert counts["all-to-all", "activations: embedding"] == 2
     assert counts["all-reduce", "gradients"] == 7
     assert counts["all-reduce", "activations: layers computed again"] == 3
 
@@ -103,12 +104,18 @@ def test_weights_over_dcn_come_before_ici() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_tied_embedding_is_gathered_for_both_of_its_uses(tied: bool) -> None:
-    found = _bytes(_found(f"model.config.tie_word_embeddings={str(tied).lower()}"))
-    assert found["all-gather", "fsdp", "ICI", "weights: head"] == 3 / 4 * HEAD * 2
-    assert found["all-gather", "fsdp", "ICI", "weights: embedding, forward"] == 3 / 4 * HEAD * 2
-    gradients = (3 * LAYER + (1 if tied else 2) * HEAD) * 2
-    assert found["reduce-scatter", "fsdp", "ICI", "gradients"] == 3 / 4 * gradients
+def test_an_embedding_is_collected_as_the_head_alone(tied: bool) -> None:
+    assert _bytes(_found(f"model.config.tie_word_embeddings={str(tied).lower()}")) == EXPECTED
+
+
+def test_an_exchange_between_slices_is_not_thinned_out_before() -> None:
+    work = small_work("topology=cpu-8", "mesh.fsdp=8")
+    mesh = MeshShape((1, 4, 1, 1, 1), (1, 2, 1, 1, 1))
+    found = {
+        each.network: each.received_bytes for each in collectives(work, mesh) if each.kind == "all-to-all"
+    }
+    both = 2 * 6 * 256 * 96 * 2
+    assert found == {"ICI": 3 / 4 * both, "DCN": 1 / 2 * both}
 
 
 def test_every_axis_is_one_of_the_mesh() -> None:

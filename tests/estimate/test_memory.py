@@ -61,8 +61,7 @@ def test_phases_by_hand() -> None:
             "gradients": 2 * (3 * LAYER + HEAD),
         },
         "gradient of the embedding": {
-            "activations in flight": STREAM,
-            "gradients before their reduction": 2 * 4 * HEAD,
+            "activations in flight": 2 * STREAM,
             "gradients": 2 * LOCAL,
         },
         "update": {"gradients": 2 * LOCAL},

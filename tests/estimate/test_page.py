@@ -49,7 +49,7 @@ def test_the_parts_add_up_on_the_page() -> None:
 def test_notices_are_with_those_of_the_plan() -> None:
     plan = llama3_plan("2xv5p-32", 512, 64, "mesh.dcn_fsdp=2", "mesh.dcn_data=1")
     (notice,) = (line for line in plan_page(plan).splitlines() if "Between slices" in line)
-    assert notice.startswith("  - Between slices a step moves data for 230 ms and computes for 124 ms")
+    assert notice.startswith("  - Between slices a step moves data for 221 ms and computes for 124 ms")
     assert notice.endswith("mesh.dcn_fsdp=1 mesh.dcn_data=-1 sends gradients alone, once a micro-batch.")
     (small,) = (each for each in estimate(plan).notices if "Within a slice" in each)
     assert "With 2 rows at a time on a chip the batch is small; from 3 on, computing takes longer." in small

@@ -5,6 +5,10 @@ Bytes are those that one chip receives. With n devices on an axis, i of them in 
     all-gather      (i - 1) / i of the result over ICI, after (d - 1) / d of its 1 / i over DCN
     reduce-scatter  the same, of what goes in
     all-reduce      both: twice as much
+    all-to-all      (i - 1) / i of what a chip has over ICI, (d - 1) / d of it over DCN
+
+The embedding is not collected: each device looks tokens of all of them up in the columns that it has, and
+the results are exchanged (seen in programs of libtpu 0.0.24).
 
 Left out: scalars (loss, gradient norm), and the partial sums of a softmax over a split vocabulary.
 """
@@ -20,7 +24,7 @@ from tptrain.estimate.workload import Workload
 from tptrain.family import ParamRow
 from tptrain.mesh import AXES, MeshShape
 
-Kind = Literal["all-gather", "reduce-scatter", "all-reduce"]
+Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all"]
 Network = Literal["ICI", "DCN"]
 
 
@@ -60,9 +64,10 @@ def _spread(wanted: _Wanted, mesh: MeshShape) -> Iterator[Collective]:
     index = AXES.index(wanted.axis)
     ici, dcn = mesh.ici[index], mesh.dcn[index]
     times = 2 if wanted.kind == "all-reduce" else 1
+    over_dcn = wanted.size_bytes if wanted.kind == "all-to-all" else wanted.size_bytes / ici
     networks: tuple[tuple[Network, int, float], ...] = (
         ("ICI", ici, wanted.size_bytes),
-        ("DCN", dcn, wanted.size_bytes / ici),
+        ("DCN", dcn, over_dcn),
     )
     for network, size, through in networks:
         if size > 1:
@@ -72,11 +77,9 @@ def _spread(wanted: _Wanted, mesh: MeshShape) -> Iterator[Collective]:
 
 def _weights(work: Workload) -> Iterator[_Wanted]:
     """Rows are collected where they are used: layers in both passes, the head once for both."""
-    head = [] if work.head == work.embedding else [work.head]
     uses = [
-        ("embedding, forward", [work.embedding]),
         ("layers, forward", work.layer_rows),
-        ("head", head or [work.embedding]),
+        ("head", [work.head]),
         ("layers, backward", work.layer_rows),
     ]
     for what, rows in uses:
@@ -100,18 +103,28 @@ def _gradients(work: Workload) -> Iterator[_Wanted]:
     batch = [axis for axis in work.rules.acts["act_batch"] or () if work.axis_sizes[axis] > 1]
     trained = [row for row in work.table if row.trainable]
     for axis in batch:
-        split = [row for row in trained if axis in work.gather_axes(row)]
+        split = [row for row in trained if axis in work.gather_axes(row) and _is_collected(row, work)]
         whole = [row for row in trained if axis not in work.gather_axes(row)]
         scattered = sum(work.gathered_elements(row) for row in split)
         summed = sum(work.local_elements(row) for row in whole)
-        per_element = work.compute_bytes * work.micro_batches
-        for kind, rows, elements in (("reduce-scatter", split, scattered), ("all-reduce", whole, summed)):
-            count = len(rows) * work.micro_batches
-            yield _Wanted(kind, axis, "gradients", count, elements * per_element)  # type: ignore[arg-type]
+        times, width = work.micro_batches, work.compute_bytes * work.micro_batches
+        yield _Wanted("reduce-scatter", axis, "gradients", len(split) * times, scattered * width)
+        yield _Wanted("all-reduce", axis, "gradients", len(whole) * times, summed * width)
+
+
+def _is_collected(row: ParamRow, work: Workload) -> bool:
+    """Whether devices compute with the whole row: all but an embedding that is no head as well."""
+    return row != work.embedding or row == work.head
 
 
 def _activations(work: Workload) -> Iterator[_Wanted]:
-    """Sums over split heads, MLP and vocabulary (Megatron-LM, arXiv:1909.08053): two a layer and pass."""
+    """What is looked up in the embedding and its gradient; and sums over split heads, MLP and vocabulary.
+
+    Of these there are two a layer and pass (Megatron-LM, arXiv:1909.08053).
+    """
+    for axis in work.gather_axes(work.embedding):
+        count = 2 * work.micro_batches
+        yield _Wanted("all-to-all", axis, "activations: embedding", count, count * stream_bytes(work))
     axes = [axis for axis in work.rules.acts["act_mlp"] or () if work.axis_sizes[axis] > 1]
     layers = work.facts.num_hidden_layers
     again = 0 if "after_attention" in KEPT[work.remat] else layers

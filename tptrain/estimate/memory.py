@@ -138,13 +138,12 @@ def _phases(work: Workload, fitted: Fitted) -> tuple[Phase, ...]:
         "kept activations": kept_bytes(work),
         "masks and rotary tables": shared_bytes(work),
     }
-    embedding = _gathered(_trained([work.embedding]), work) * width
     return (
         *_loss_phases(work, fitted, in_layers),
         Phase("backward pass of the layers", {**in_layers, **_layer_parts(work, fitted)}),
         Phase(
             "gradient of the embedding",
-            {**sums, **gradients, "activations in flight": stream_bytes(work), _UNREDUCED: embedding},
+            {**sums, **gradients, "activations in flight": 2 * stream_bytes(work)},
         ),
         Phase("update", sums or gradients),
     )
