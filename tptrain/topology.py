@@ -90,6 +90,8 @@ class Chip:
 #   800 over 4 (v6e). v4: "How to Scale Your Model" (jax-ml.github.io/scaling-book), part 2, which has the
 #   same values as Google Cloud for the other three.
 # - DCN: v5p 50 Gbit/s per chip; v5e 6.4 and v6e 25.6 Tbit/s per pod of 256 chips. The v4 page has no value.
+# - Wraparound links: v4 and v5p close every dimension from a full 4x4x4 cube on (the pages on both); v5e and
+#   v6e close a side of 16 chips ("How to Scale Your Model", part 2).
 V4 = Chip(
     name="v4",
     generation=4,
@@ -233,11 +235,7 @@ class Topology:
 
     @property
     def wraps(self) -> tuple[bool, bool, bool]:
-        """Which dimensions of a slice's network are closed to rings, the last chip linked to the first.
-
-        v4 and v5p: all of a slice of whole 4x4x4 cubes (docs.cloud.google.com/tpu/docs/v5p). v5e and v6e:
-        sides of 16 chips ("How to Scale Your Model", part 2).
-        """
+        """Which dimensions of a slice's network are rings: the last chip has a link to the first."""
         if self.chip.torus_dims == 2:
             x, y, _ = self.shape
             return (x == _RING_2D, y == _RING_2D, False)
