@@ -96,12 +96,12 @@ def test_json_round_trip() -> None:
 
 def test_plan_prints_everything_and_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     for more in ([], ["--json"]):
-        assert cli.main(["plan", LLAMA, "topology=v5e-8", *more]) == 2
+        assert cli.main(["plan", LLAMA, "topology=v5e-4", *more]) == 2
         told = capsys.readouterr()
         assert "model.layers" in told.out
         assert "does not fit" in told.out
         assert told.err.startswith(
-            "tptrain: 1 problem:\n  - topology=v5e-8: needs more memory than a chip has"
+            "tptrain: 1 problem:\n  - topology=v5e-4: needs more memory than a chip has"
         )
         assert told.err.endswith("use topology=v5e-16\n")
 
