@@ -106,10 +106,10 @@ def test_chunks_of_the_loss_hold_their_part_of_the_logits() -> None:
 
 
 def test_marked_activations_are_those_of_the_decoder() -> None:
-    """Names and dims that models/decoder.py gives to its marks, read from its source: torch stays out."""
-    tree = ast.parse((ROOT / "tptrain" / "models" / "decoder.py").read_text())
+    """Names and dims that the models give to their marks, read from the source: torch stays out."""
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "tptrain" / "models").glob("*.py")]
     marks = {}
-    for node in ast.walk(tree):
+    for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "marks":
             name, *dims = (arg.value for arg in node.args[1:] if isinstance(arg, ast.Constant))
             marks[name] = tuple(dims)
