@@ -18,7 +18,8 @@ from tptrain.config.plan import Plan
 from tptrain.config.planning import plan_recipe
 from tptrain.config.recipe_file import load_recipe
 from tptrain.config.schema import Recipe
-from tptrain.errors import Problem, ProblemsError, TptrainError, nearest, refuse
+from tptrain.errors import Problem, ProblemsError, TptrainError, nearest, raise_if_any, refuse
+from tptrain.estimate import estimate, memory_problems
 from tptrain.report.plan_page import plan_json, plan_page
 
 USAGE = """\
@@ -100,7 +101,12 @@ def _plan_command(args: list[str]) -> int:
     if _asks_help(overrides):
         return _show_help(recipe, "tptrain plan RECIPE")
     plan = _planned(recipe, overrides)
-    print(json.dumps(plan_json(plan), indent=1) if as_json else plan_page(plan), end="\n" if as_json else "")
+    found = estimate(plan)
+    if as_json:
+        print(json.dumps(plan_json(plan, found), indent=1))
+    else:
+        print(plan_page(plan, found), end="")
+    raise_if_any(memory_problems(plan, found))
     return _OK
 
 

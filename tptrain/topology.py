@@ -90,6 +90,8 @@ class Chip:
 #   800 over 4 (v6e). v4: "How to Scale Your Model" (jax-ml.github.io/scaling-book), part 2, which has the
 #   same values as Google Cloud for the other three.
 # - DCN: v5p 50 Gbit/s per chip; v5e 6.4 and v6e 25.6 Tbit/s per pod of 256 chips. The v4 page has no value.
+# - Wraparound links: v4 and v5p close every dimension from a full 4x4x4 cube on (the pages on both); v5e and
+#   v6e close a side of 16 chips ("How to Scale Your Model", part 2).
 V4 = Chip(
     name="v4",
     generation=4,
@@ -179,6 +181,7 @@ _SHAPES_2D: tuple[Shape, ...] = tuple(
 )
 _SHAPES_BELOW_A_CUBE: tuple[Shape, ...] = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 _CUBE_CHIPS = 64
+_RING_2D = 16
 # XPK's and MaxText's lists have a v5p slice for every number of 4x4x4 cubes up to 96, save those (67, 71,
 # ...) whose only shape would be longer than this.
 _LONGEST_DEFAULT_SIDE = 244
@@ -231,6 +234,15 @@ class Topology:
         return _shape_text(self.chip, self.shape)
 
     @property
+    def wraps(self) -> tuple[bool, bool, bool]:
+        """Which dimensions of a slice's network are rings: the last chip has a link to the first."""
+        if self.chip.torus_dims == 2:
+            x, y, _ = self.shape
+            return (x == _RING_2D, y == _RING_2D, False)
+        closed = self.chip.torus_dims == 3 and all(side % 4 == 0 for side in self.shape)
+        return (closed, closed, closed)
+
+    @property
     def accelerator_type(self) -> str:
         """Google's name for one slice by size alone: "v5p-32", "v5litepod-16"."""
         name = _count_name(self.chip, self.devices_per_slice)
@@ -280,6 +292,14 @@ class Topology:
                     x, y, z = (c * h + i for c, h, i in zip(corner, host, inside, strict=True))
                     device_id = first_id + x + width * (y + depth * z)
                     yield DeviceCoords(slice_index, (x, y, z), 0, first_process + process, device_id)
+
+
+def larger_slices(topology: Topology) -> Iterator[Topology]:
+    """Topologies of the same chip and number of slices with more chips a slice, smallest first."""
+    for chips in _offered(topology.chip):
+        shape = _default_shape(topology.chip, chips)
+        if shape is not None and chips > topology.devices_per_slice:
+            yield Topology(topology.chip, shape, topology.num_slices)
 
 
 def parse_topology(text: str, setting: str = "topology") -> Topology:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 from tptrain.config.plan import Plan
 from tptrain.config.settings import settings, shown, value_of
+from tptrain.estimate import Estimate, estimate
+from tptrain.estimate.text import bytes_text
 from tptrain.family import ParamRow, stored_rows
 from tptrain.mesh import Spec
+from tptrain.report.estimate_page import estimate_blocks, estimate_json
 from tptrain.report.param_lines import ParamLine, param_lines, row_device_bytes
 
 # The master copy and AdamW's two moments have the same shape, format and spec.
@@ -27,12 +29,17 @@ def master_device_bytes(plan: Plan) -> int:
     return sum(row_device_bytes(row, plan.specs[row.name], sizes) for row in stored_rows(plan.table))
 
 
-def plan_page(plan: Plan) -> str:
-    """The plan as plain text: sentences with the derived numbers, notices, and the parameter table."""
+def plan_page(plan: Plan, found: Estimate | None = None) -> str:
+    """The plan as plain text: derived numbers in sentences, notices, estimates, and the parameter table.
+
+    found: the plan's estimate, where the caller has made it.
+    """
+    found = found or estimate(plan)
     sentences = [*run_sentences(plan), *size_sentences(plan)]
     blocks = ["\n".join([f"Plan of {plan.recipe.name}", *(f"  {line}" for line in sentences)])]
-    if plan.notices:
-        blocks.append("\n".join(["Notices", *(f"  - {notice}" for notice in plan.notices)]))
+    if notices := [*plan.notices, *found.notices]:
+        blocks.append("\n".join(["Notices", *(f"  - {notice}" for notice in notices)]))
+    blocks += estimate_blocks(plan, found)
     blocks.append("\n".join(_table_lines(plan)))
     return "\n\n".join(blocks) + "\n"
 
@@ -82,15 +89,6 @@ def size_sentences(plan: Plan) -> list[str]:
     ]
 
 
-def bytes_text(count: float) -> str:
-    """512 B, 1.50 GiB."""
-    if count < 1024:
-        return f"{count:.0f} B"
-    units = ("KiB", "MiB", "GiB", "TiB")
-    power = min(int(math.log(count, 1024)), len(units))
-    return f"{count / 1024**power:.2f} {units[power - 1]}"
-
-
 def spec_text(spec: Spec) -> str:
     """A spec as JAX writes it: P('tensor', 'fsdp'), P(None)."""
     entries = []
@@ -132,8 +130,12 @@ def _padded(cells: tuple[str, ...], widths: list[int]) -> str:
     return "  ".join([*left, *right]).rstrip()
 
 
-def plan_json(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON data: every setting, every derived number, every row of the table."""
+def plan_json(plan: Plan, found: Estimate | None = None) -> dict[str, Any]:
+    """The plan as JSON data: every setting, every derived number, the estimates, every row of the table.
+
+    found: the plan's estimate, where the caller has made it.
+    """
+    found = found or estimate(plan)
     sizes = plan.mesh.axis_sizes
     data = {
         "recipe": {path: value_of(plan.recipe, setting) for path, setting in settings().items()},
@@ -152,7 +154,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "state_bytes_per_device": _STATE_COPIES * master_device_bytes(plan),
         "output_dir": plan.output_dir,
         "export_dir": plan.export_dir,
-        "notices": plan.notices,
+        "notices": [*plan.notices, *found.notices],
+        "estimate": estimate_json(plan, found),
         "table": [_row_json(plan, row) for row in plan.table],
     }
     return {name: _plain(value) for name, value in data.items()}

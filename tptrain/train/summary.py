@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tptrain.config.plan import Plan
+from tptrain.estimate import estimate
 from tptrain.eval.exact_match import Score
+from tptrain.report.estimate_page import verdict_sentence
 from tptrain.report.plan_page import run_sentences
 from tptrain.train.start import Start
 
@@ -26,13 +28,19 @@ def print_start(console: Console, plan: Plan, start: Start, watches_sigterm: boo
         console.print(f"Going on after step {progress.step} with sample {progress.cursor:,}.")
     for line in start.lines:
         console.print(f"Changed: {line}.", soft_wrap=True)
-    notices = list(plan.notices)
+    notices = [*plan.notices, *memory_notices(plan)]
     if not watches_sigterm:
         notices.append(
             "only the main thread of a process can watch for SIGTERM; here it ends the run unsaved."
         )
     for notice in notices:
         console.print(f"Note: {notice}", soft_wrap=True)
+
+
+def memory_notices(plan: Plan) -> list[str]:
+    """Whether the step fits a chip, where chips have a limit. A run is not refused for an estimate."""
+    is_tpu = plan.topology.chip.platform == "tpu"
+    return [verdict_sentence(plan, estimate(plan))] if is_tpu else []
 
 
 def _length(plan: Plan, start: Start) -> str:

@@ -1,0 +1,131 @@
+"""Which activations a layer has, and how large they are on one device."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+
+from tests.estimate.workloads import ROOT, small_work
+from tptrain.estimate.activations import (
+    KEPT,
+    LAYER,
+    device_bytes,
+    in_flight_bytes,
+    kept_bytes,
+    layer_activations,
+    logits_bytes,
+    shared_bytes,
+    stream_bytes,
+)
+from tptrain.estimate.workload import Workload
+
+# 12 of 48 rows on a device, 256 tokens of each; half of the heads, MLP and vocabulary; bfloat16.
+TOKENS = 12 * 256
+STREAM = TOKENS * 96 * 2
+BY_HAND = {
+    "attention_input": STREAM,
+    "query": TOKENS * 4 * 12 * 2,
+    "key": TOKENS * 2 * 12 * 2,
+    "value": TOKENS * 2 * 12 * 2,
+    "scores": 12 * 2 * 2 * 256 * 256 * 2,
+    "attended": TOKENS * 4 * 12 * 2,
+    "after_attention": STREAM,
+    "mlp_input": STREAM,
+    "gate": TOKENS * 88 * 2,
+    "up": TOKENS * 88 * 2,
+    "mlp_hidden": TOKENS * 88 * 2,
+}
+
+
+def _sizes(work: Workload) -> dict[str, int]:
+    return {each.name: device_bytes(each, work) for each in layer_activations(work)}
+
+
+def test_sizes_of_a_layer_by_hand() -> None:
+    assert _sizes(small_work()) == BY_HAND
+
+
+def test_splash_has_no_scores_but_one_float32_a_head_and_token() -> None:
+    without = {name: size for name, size in BY_HAND.items() if name != "scores"}
+    assert _sizes(small_work(attention="splash")) == {**without, "logsumexp": TOKENS * 4 * 4}
+
+
+def test_what_lives_beside_the_layers_by_hand() -> None:
+    work = small_work()
+    assert stream_bytes(work) == STREAM
+    assert logits_bytes(work) == TOKENS * (1032 // 2) * 2
+    # cos and sin, and a mask of one byte a pair of tokens.
+    rotary = 2 * TOKENS * 12 * 2
+    assert shared_bytes(work) == rotary + 12 * 256 * 256
+    assert shared_bytes(small_work(attention="splash")) == rotary
+
+
+@pytest.mark.parametrize(
+    ("remat", "attention", "kept"),
+    [
+        ("full", "plain", ()),
+        ("attention", "plain", ("attended",)),
+        ("attention", "splash", ("attended", "logsumexp")),
+        ("dots", "plain", ("query", "key", "value", "attended", "after_attention", "gate", "up")),
+        (
+            "dots",
+            "splash",
+            ("query", "key", "value", "attended", "logsumexp", "after_attention", "gate", "up"),
+        ),
+        ("none", "plain", tuple(BY_HAND)),
+        (
+            "none",
+            "splash",
+            ("logsumexp", *(name for name in BY_HAND if name != "scores")),
+        ),
+    ],
+)
+def test_kept_by_each_policy(remat: str, attention: str, kept: tuple[str, ...]) -> None:
+    sizes = {**BY_HAND, "logsumexp": TOKENS * 4 * 4}
+    work = small_work(remat=remat, attention=attention)
+    assert kept_bytes(work) == 3 * (STREAM + sum(sizes[name] for name in kept))
+
+
+def test_in_flight_is_a_layer_and_the_gradients_of_its_larger_block() -> None:
+    values = {name: size for name, size in BY_HAND.items() if name != "scores"}
+    attention = sum(size for name, size in values.items() if not name.startswith(("mlp", "gate", "up")))
+    scores = 12 * 2 * 2 * 256 * 256
+    assert in_flight_bytes(small_work(), 6.0) == sum(values.values()) + attention + 6 * scores
+    assert in_flight_bytes(small_work(), 16.0) == sum(values.values()) + attention + 16 * scores
+    splash = _sizes(small_work(attention="splash"))
+    mlp = splash["mlp_input"] + 3 * splash["gate"]
+    assert sum(splash.values()) - mlp < mlp  # so that the MLP is the larger block here
+    assert in_flight_bytes(small_work(attention="splash"), 16.0) == sum(splash.values()) + mlp
+
+
+def test_chunks_of_the_loss_hold_their_part_of_the_logits() -> None:
+    whole = logits_bytes(small_work())
+    assert logits_bytes(small_work(loss_chunk_tokens=256)) == whole
+    assert logits_bytes(small_work(loss_chunk_tokens=64)) == whole / 4
+
+
+def test_marked_activations_are_those_of_the_decoder() -> None:
+    """Names and dims that the models give to their marks, read from the source: torch stays out."""
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "tptrain" / "models").glob("*.py")]
+    marks = {}
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "marks":
+            name, *dims = (arg.value for arg in node.args[1:] if isinstance(arg, ast.Constant))
+            marks[name] = tuple(dims)
+    ours = {each.name: each.dims for each in LAYER}
+    assert {"query", "key", "value", "scores", "attended", "gate", "up"} <= marks.keys() & ours.keys()
+    for name in marks.keys() & ours.keys():
+        assert ours[name] == marks[name], name
+
+
+def test_policies_keep_what_the_backend_keeps() -> None:
+    """KEPT of backends/xla/passes.py, evaluated without its imports; the names are those that it knows."""
+    tree = ast.parse((ROOT / "tptrain" / "backends" / "xla" / "passes.py").read_text())
+    constants = [node for node in tree.body if isinstance(node, ast.Assign)]
+    found: dict[str, dict[str, frozenset[str]]] = {}
+    exec(compile(ast.Module(constants, []), "passes.py", "exec"), {}, found)  # sets of names alone
+    known = frozenset[str]().union(*found["KEPT"].values())
+    assert known <= {each.name for each in LAYER}
+    for policy, kept in found["KEPT"].items():
+        assert KEPT[policy] & known == kept, policy

@@ -1,0 +1,47 @@
+"""Bytes of hosts and files, by hand; the export's size as the exporter itself counts it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.estimate.workloads import llama3_plan, small_plan
+from tptrain.estimate.hosts import host_needs
+
+ELEMENTS = 3 * (2 * 96 * 96 + 2 * 48 * 96 + 3 * 176 * 96 + 2 * 96) + 2 * 1031 * 96 + 96
+
+
+def test_files_hold_no_padding() -> None:
+    needs = host_needs(small_plan())
+    assert needs.checkpoint_bytes == 12 * ELEMENTS
+    assert needs.exported_bytes == 2 * ELEMENTS
+    assert host_needs(small_plan("export.dtype=float32")).exported_bytes == 4 * ELEMENTS
+    assert needs.checkpoints == 3
+
+
+def test_no_export_needs_nothing() -> None:
+    needs = host_needs(small_plan("export.enabled=false"))
+    assert (needs.export_bytes, needs.exported_bytes) == (None, None)
+
+
+def test_loading_holds_two_neighbouring_buffers() -> None:
+    """Three layers stacked: gate and up follow each other, and the eight devices are on one host."""
+    embedding, gate = 1032 * 96 * 4, 3 * 176 * 96 * 4
+    assert embedding + 3 * 96 * 96 * 4 > 2 * gate
+    assert host_needs(small_plan()).load_bytes == embedding + 3 * 96 * 96 * 4
+    many = host_needs(small_plan("model.config.num_hidden_layers=6"))
+    assert many.load_bytes == 4 * gate
+
+
+def test_devices_with_the_same_piece_share_it() -> None:
+    split = host_needs(small_plan("topology=cpu-8", "mesh.fsdp=8")).load_bytes
+    replicas = host_needs(small_plan("topology=cpu-8", "mesh.fsdp=4", "mesh.data=2")).load_bytes
+    assert split == replicas
+
+
+@pytest.mark.parametrize(("topology", "hosts"), [("v6e-8", 1), ("v5p-32", 4)])
+def test_a_save_copies_the_share_of_a_host(topology: str, hosts: int) -> None:
+    needs = host_needs(llama3_plan(topology, 512, 64))
+    assert needs.save_bytes == round(1.2 * 12 * 8_030_261_248 / hosts)
+    # The stacked gate and up projections, of which a host has its part.
+    assert needs.load_bytes == 2 * 32 * 14336 * 4096 * 4 / hosts
+    assert needs.export_bytes == 150_000_000

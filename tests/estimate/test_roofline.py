@@ -1,0 +1,92 @@
+"""FLOPs against counted matrix products, and the arithmetic of the roofline."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.estimate.workloads import llama3_plan, llama3_work, small_plan, small_work
+from tptrain.estimate import estimate
+from tptrain.estimate.roofline import attended_pairs, step_flops
+
+MATRICES = 3 * (2 * 96 * 96 + 2 * 48 * 96 + 3 * 176 * 96) + 1031 * 96
+TOKENS = 48 * 256
+# Scores and weighted values of the pairs under the diagonal, of all heads and layers.
+ATTENTION = 3 * 48 * 4 * 96 * (256 * 257 // 2)
+
+
+def test_model_flops_by_hand() -> None:
+    assert step_flops(small_work()).model == 6 * MATRICES * TOKENS + 3 * ATTENTION
+    assert step_flops(small_work("optim.accumulation=4")).model == 6 * MATRICES * TOKENS + 3 * ATTENTION
+
+
+@pytest.mark.parametrize(
+    ("remat", "attention", "matrices", "attention_part"),
+    [
+        # All but down_proj, whose output no gradient needs.
+        ("full", "plain", 3 * (2 * 96 * 96 + 2 * 48 * 96 + 2 * 176 * 96), 1),
+        ("attention", "plain", 3 * (2 * 96 * 96 + 2 * 48 * 96 + 2 * 176 * 96), 0.5),
+        ("attention", "splash", 3 * (2 * 96 * 96 + 2 * 48 * 96 + 2 * 176 * 96), 0),
+        ("dots", "plain", 0, 0.5),
+        ("dots", "splash", 0, 0),
+        ("none", "plain", 0, 0),
+    ],
+)
+def test_recomputed_flops(remat: str, attention: str, matrices: int, attention_part: float) -> None:
+    found = step_flops(small_work(remat=remat, attention=attention)).recomputed
+    assert found == 2 * matrices * TOKENS + attention_part * ATTENTION
+
+
+@pytest.mark.parametrize(("seq_len", "counted_tflop"), [(2048, 226.2), (8192, 905.0)])
+def test_llama3_8b_as_counted_in_the_compiled_program(seq_len: int, counted_tflop: float) -> None:
+    """Matrix products of a chip, kernels not counted: fsdp=16, two rows a chip, full remat."""
+    found = step_flops(llama3_work(seq_len, 2))
+    kernels = 4 * 32 * 32 * 4 * 32 * 128 * attended_pairs(seq_len, None)
+    per_chip = (found.model + found.recomputed - kernels) / 16
+    assert per_chip / 1e12 == pytest.approx(counted_tflop, rel=0.001)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 7, 9])
+def test_attended_pairs_are_those_of_a_mask(window: int | None) -> None:
+    mask = [q - k >= 0 and (window is None or q - k < window) for q in range(7) for k in range(7)]
+    assert attended_pairs(7, window) == sum(mask)
+
+
+def test_seconds_by_hand() -> None:
+    found = estimate(llama3_plan("v5p-32", 2048, 32))
+    line = found.roofline
+    assert line is not None
+    assert line.compute_seconds == (line.flops.model + line.flops.recomputed) / (16 * 459e12)
+    moved = sum(each.received_bytes for each in found.collectives)
+    assert line.ici_seconds == pytest.approx(moved / 300e9)
+    assert (line.busiest_axis, line.dcn_seconds) == ("fsdp", 0)
+    # 8.03e9 parameters: 12 bytes read, 12 written, and a bfloat16 gradient, on 16 chips; norms on each.
+    assert line.update_seconds == pytest.approx(26 * 8_030_261_248 / 16 / 2765e9, rel=1e-3)
+    assert line.fastest_seconds == max(line.compute_seconds, line.ici_seconds) + line.update_seconds
+    assert line.slowest_seconds == pytest.approx(
+        line.compute_seconds + line.ici_seconds + line.update_seconds
+    )
+    assert line.tokens_per_second_per_chip == pytest.approx(2 * 2048 / line.fastest_seconds)
+    assert line.mfu == line.flops.model / (16 * 459e12) / line.fastest_seconds < 1
+
+
+def test_no_bound_is_above_the_compiled_estimate() -> None:
+    """MaxText's four rows with full remat on v5p-32, half of peak added for its attention kernels."""
+    rows = {(2048, 1): 0.515, (2048, 2): 0.949, (8192, 1): 2.252, (8192, 2): 4.341}
+    for (seq_len, per_chip), seconds in rows.items():
+        line = estimate(llama3_plan("v5p-32", seq_len, 16 * per_chip)).roofline
+        assert line is not None
+        assert 0.4 * seconds < line.fastest_seconds < seconds
+
+
+def test_virtual_devices_have_no_roofline() -> None:
+    found = estimate(small_plan())
+    assert found.roofline is None
+    assert found.verdict == "no limit"
+    assert found.memory.total_bytes > 0
+
+
+def test_v4_counts_bytes_but_no_seconds_between_slices() -> None:
+    found = estimate(llama3_plan("2xv4-32", 512, 64))
+    assert found.roofline is not None and found.roofline.dcn_seconds == 0
+    assert any(each.network == "DCN" and each.received_bytes for each in found.collectives)
+    assert any("no published speed between slices" in notice for notice in found.notices)

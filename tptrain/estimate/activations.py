@@ -1,0 +1,144 @@
+"""The activations of a decoder layer by name and dims, and which of them each remat policy keeps.
+
+Shapes: B batch, T tokens, S keys, D model, N heads, K kv heads, G = N / K, H head dim, F mlp.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tptrain.estimate.workload import Workload
+from tptrain.family.table import DTYPE_BYTES
+from tptrain.mesh.rules import split_count
+
+_TOKENS = ("act_batch", "act_tokens")
+_STREAM = (*_TOKENS, "act_embed")
+_HEADS = (*_TOKENS, "act_heads", "act_head_dim")
+_KV_HEADS = (*_TOKENS, "act_kv_heads", "act_head_dim")
+_SCORES = ("act_batch", "act_kv_heads", "act_group", "act_tokens", "act_keys")
+_MLP = (*_TOKENS, "act_mlp")
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One activation of a layer.
+
+    block: which half of the layer computes it. core: the attention core it belongs to; None: both.
+    dtype: its format; None: the compute format.
+    """
+
+    name: str
+    dims: tuple[str, ...]
+    block: str
+    core: str | None = None
+    dtype: str | None = None
+
+
+# In the order of the forward pass (models/decoder.py). Those that it marks have the mark's name and dims; the
+# others are operands of matrix products, which the backward pass needs as well.
+LAYER = (
+    Activation("attention_input", _STREAM, "attention"),
+    Activation("query", _HEADS, "attention"),
+    Activation("key", _KV_HEADS, "attention"),
+    Activation("value", _KV_HEADS, "attention"),
+    Activation("scores", _SCORES, "attention", "plain"),
+    Activation("logsumexp", ("act_batch", "act_heads", "act_tokens"), "attention", "splash", "float32"),
+    Activation("attended", _HEADS, "attention"),
+    Activation("after_attention", _STREAM, "attention"),
+    Activation("mlp_input", _STREAM, "mlp"),
+    Activation("gate", _MLP, "mlp"),
+    Activation("up", _MLP, "mlp"),
+    Activation("mlp_hidden", _MLP, "mlp"),
+)
+
+_ATTENTION = frozenset({"attended", "logsumexp"})
+_PRODUCTS = _ATTENTION | {"query", "key", "value", "after_attention", "gate", "up"}
+# Remat policy -> what the backward pass finds ready, beside each layer's input. The softmax of the plain core
+# is made of its scores again under every policy.
+KEPT: dict[str, frozenset[str]] = {
+    "full": frozenset(),
+    "attention": _ATTENTION,
+    "dots": _PRODUCTS,
+    "none": _PRODUCTS | {"scores", "attention_input", "mlp_input", "mlp_hidden"},
+}
+
+
+def layer_activations(work: Workload) -> list[Activation]:
+    """The activations that a layer has with this attention core."""
+    return [activation for activation in LAYER if activation.core in (None, work.attention)]
+
+
+def act_sizes(work: Workload) -> dict[str, int]:
+    """Dim of an activation -> its size over all devices, in one micro-batch."""
+    facts = work.facts
+    head = work.head
+    return {
+        "act_batch": work.rows,
+        "act_tokens": work.tokens,
+        "act_keys": work.tokens,
+        "act_embed": facts.hidden_size,
+        "act_heads": facts.num_attention_heads,
+        "act_kv_heads": facts.num_key_value_heads,
+        "act_group": facts.num_attention_heads // facts.num_key_value_heads,
+        "act_head_dim": facts.head_dim,
+        "act_mlp": facts.intermediate_size,
+        "act_vocab": head.padded_size[head.dims.index("vocab")],
+    }
+
+
+def device_elements(dims: tuple[str, ...], work: Workload) -> int:
+    """Numbers of an activation with these dims on one device."""
+    sizes = act_sizes(work)
+    pieces = (split_count(work.rules.acts[dim] or (), work.axis_sizes) for dim in dims)
+    return math.prod(-(-sizes[dim] // count) for dim, count in zip(dims, pieces, strict=True))
+
+
+def device_bytes(activation: Activation, work: Workload) -> int:
+    """Bytes of one layer's activation on one device."""
+    width = DTYPE_BYTES[activation.dtype] if activation.dtype else work.compute_bytes
+    return device_elements(activation.dims, work) * width
+
+
+def stream_bytes(work: Workload) -> int:
+    """Bytes of the residual stream, [B, T, D], on one device."""
+    return device_elements(_STREAM, work) * work.compute_bytes
+
+
+def logits_bytes(work: Workload) -> int:
+    """Bytes on one device of the logits that exist at a time, [tokens, V] in the compute format."""
+    return work.logits_tokens * device_elements(("act_vocab",), work) * work.compute_bytes
+
+
+def shared_bytes(work: Workload) -> int:
+    """Bytes of what all layers read and none changes: rotary tables, and the masks of the plain core."""
+    rotary = 2 * device_elements((*_TOKENS, "act_head_dim"), work) * work.compute_bytes
+    if work.attention == "splash":
+        return rotary
+    windows = {kind.window for kind in work.facts.layer_period}
+    return rotary + len(windows) * device_elements((*_TOKENS, "act_keys"), work)
+
+
+def kept_bytes(work: Workload) -> int:
+    """Bytes that all layers keep for the backward pass: each turn's input, and what the policy names."""
+    layers = work.facts.num_hidden_layers
+    inputs = layers // work.period * stream_bytes(work)
+    named = [device_bytes(a, work) for a in layer_activations(work) if a.name in KEPT[work.remat]]
+    return inputs + layers * sum(named)
+
+
+def in_flight_bytes(work: Workload, bytes_per_score: float) -> int:
+    """Bytes that the backward pass of one turn of the scan works with.
+
+    All its activations, kept ones included, because a turn copies its own out of the stack; and the gradients
+    of one block's, the larger, because those of the other are not there yet or no longer. Scores exist for
+    one layer at a time: `bytes_per_score` is what softmax and gradients take for each.
+    """
+    values, gradients = 0, {"attention": 0, "mlp": 0}
+    for activation in layer_activations(work):
+        if activation.name == "scores":
+            gradients["attention"] += round(bytes_per_score * device_elements(activation.dims, work))
+        else:
+            values += device_bytes(activation, work)
+            gradients[activation.block] += device_bytes(activation, work)
+    return work.period * values + max(gradients.values())

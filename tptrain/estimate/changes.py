@@ -1,0 +1,143 @@
+"""The first change of a recipe with which its step would fit a chip's memory.
+
+Candidates are tried from the one that costs least: compute activations again, take smaller micro-batches,
+train on fewer rows, split parameters over more chips, take chips with more memory, train on shorter rows.
+Each is planned like any recipe, so that what is proposed passes every other check, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tptrain.config.overrides import apply_overrides
+from tptrain.config.plan import Plan
+from tptrain.config.resolve import resolve
+from tptrain.config.settings import settings, shown, value_of
+from tptrain.errors import Problem, ProblemsError
+from tptrain.estimate.estimate import Estimate
+from tptrain.estimate.memory import FITTED, Fitted, memory, verdict
+from tptrain.estimate.text import bytes_text
+from tptrain.estimate.workload import workload_of
+from tptrain.topology import CHIPS, Topology, larger_slices, parse_topology
+
+# Setting -> value as it is written in an override.
+Change = dict[str, str]
+
+
+def memory_problems(plan: Plan, found: Estimate, fitted: Fitted = FITTED) -> list[Problem]:
+    """The problem of a step that is larger than a chip's memory, with the first change that mends it."""
+    if found.verdict != "does not fit":
+        return []
+    assert found.hbm_bytes is not None
+    chip = plan.topology.chip
+    parts = {**found.memory.arguments, **found.memory.peak.parts}
+    largest = max(parts, key=lambda name: parts[name])
+    rule = "needs more memory than a chip has, by the estimate"
+    other = (
+        f"{bytes_text(found.memory.total_bytes)} of the {bytes_text(found.hbm_bytes)} that a {chip.name} chip"
+        f" lets a program use; largest part: {largest}, {bytes_text(parts[largest])}"
+    )
+    change = first_change_that_fits(plan, fitted)
+    if change is None:
+        return [Problem("topology", plan.topology.name, rule, other, "a smaller model")]
+    values = ", ".join(_current(plan, path) for path in change)
+    fix = " ".join(f"{path}={value}" for path, value in change.items())
+    return [Problem(", ".join(change), values, rule, other, fix)]
+
+
+def first_change_that_fits(plan: Plan, fitted: Fitted = FITTED) -> Change | None:
+    """The first candidate whose estimate fits with its margin; None when none does."""
+    for change in _candidates(plan):
+        changed = plan_with(plan, change)
+        if changed is not None:
+            total = memory(workload_of(changed), fitted).total_bytes
+            if verdict(total, changed.topology.chip.hbm_bytes) == "fits":
+                return change
+    return None
+
+
+def plan_with(plan: Plan, change: Change) -> Plan | None:
+    """The plan of the recipe with some settings changed; None where it would be refused."""
+    recipe = apply_overrides(plan.recipe, [f"{path}={value}" for path, value in change.items()])
+    topology = parse_topology(recipe.topology) if "topology" in change else plan.topology
+    is_read = recipe.model.config == "pretrained"
+    try:
+        return resolve(recipe, topology, plan.hf_config if is_read else None, plan.hf_config)
+    except ProblemsError:
+        return None
+
+
+def _current(plan: Plan, path: str) -> str:
+    return plan.topology.name if path == "topology" else shown(value_of(plan.recipe, settings()[path]))
+
+
+def _candidates(plan: Plan) -> Iterator[Change]:
+    """Changes in the order in which they are tried; only settings that change are named."""
+    recipe, rows = plan.recipe, plan.recipe.data.batch_rows
+    remats: list[Change] = [{}] if recipe.remat.policy == "full" else [{}, {"remat.policy": "full"}]
+    full = remats[-1]
+    if full:
+        yield full
+    for remat in remats:
+        for count in _accumulations(rows, plan.batch_shards, recipe.optim.accumulation):
+            yield {**remat, "optim.accumulation": str(count)}
+    for fewer in _fewer_rows(rows, plan.batch_shards):
+        yield {**full, **_accumulation(plan, 1), "data.batch_rows": str(fewer)}
+    if plan.mesh.axis_sizes["data"] > 1:
+        yield {**full, "mesh.data": "1", "mesh.fsdp": "-1"}
+        if plan.topology.num_slices > 1:
+            yield {**full, "mesh.data": "1", "mesh.fsdp": "-1", "mesh.dcn_data": "1", "mesh.dcn_fsdp": "-1"}
+    for larger in [*larger_slices(plan.topology), *_slices_with_more_memory(plan.topology)]:
+        yield from ({**full, **change} for change in _on_another_slice(plan, larger))
+    for tokens in _shorter_rows(recipe.data.seq_len):
+        yield {**full, **_accumulation(plan, rows // plan.batch_shards), "data.seq_len": str(tokens)}
+
+
+def _slices_with_more_memory(topology: Topology) -> Iterator[Topology]:
+    """Slices of other chips, of as many chips or twice as many, whose chips have more memory; least first."""
+    here = topology.chip.hbm_bytes or 0
+    chips = [chip for chip in CHIPS.values() if (chip.hbm_bytes or 0) > here]
+    for chip in sorted(chips, key=lambda chip: chip.hbm_bytes or 0):
+        smallest = Topology(chip, (1, 1, 1), topology.num_slices)
+        for found in larger_slices(smallest):
+            if topology.num_devices <= found.num_devices <= 2 * topology.num_devices:
+                yield found
+
+
+def _on_another_slice(plan: Plan, topology: Topology) -> Iterator[Change]:
+    """Parameters over all chips: with the batch as it is, in micro-batches, and with a row for each chip."""
+    recipe, rows = plan.recipe, plan.recipe.data.batch_rows
+    shards = topology.num_devices // plan.mesh.axis_sizes["tensor"]
+    wider = {"topology": topology.name}
+    if recipe.mesh.fsdp != -1:
+        wider["mesh.fsdp"] = "-1"
+    if recipe.mesh.data == -1:
+        wider["mesh.data"] = "1"
+    yield wider
+    yield {**wider, **_accumulation(plan, max(rows // max(shards, 1), 1))}
+    if rows < shards:
+        yield {**wider, **_accumulation(plan, 1), "data.batch_rows": str(shards)}
+
+
+def _accumulation(plan: Plan, count: int) -> Change:
+    return {} if plan.recipe.optim.accumulation == count else {"optim.accumulation": str(count)}
+
+
+def _accumulations(rows: int, shards: int, now: int) -> Iterator[int]:
+    """More micro-batches than now, each with as many rows for every device."""
+    per_shard = rows // shards
+    yield from (count for count in range(now + 1, per_shard + 1) if per_shard % count == 0)
+
+
+def _shorter_rows(tokens: int) -> Iterator[int]:
+    while tokens > 2:
+        tokens //= 2
+        yield tokens
+
+
+def _fewer_rows(rows: int, shards: int) -> Iterator[int]:
+    """Half as many rows, and half of that, as long as every device has some."""
+    per_shard = rows // shards // 2
+    while per_shard:
+        yield per_shard * shards
+        per_shard //= 2

@@ -1,0 +1,85 @@
+"""Memory that a host needs to load, save and export a model, and the room that files take on disk.
+
+What the running process itself takes, a few GB of libraries, comes on top.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+from tptrain.config.plan import Plan
+from tptrain.estimate.workload import Workload, workload_of
+from tptrain.family import ParamRow
+from tptrain.family.table import DTYPE_BYTES
+from tptrain.mesh.rules import split_count
+
+# A save's peak over the state it copies, measured: 1.18 with 0.49 GB, 1.09 to 1.14 with 2 GB of state.
+_SAVE_FACTOR = 1.2
+# What an export holds at a time, whatever the model's size: the block of whole rows that is being cast (128
+# MiB at most, if no row is larger) and the pieces on their way to the disk; measured growth 0.10 to 0.14 GB.
+_EXPORT_BYTES = 150_000_000
+
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
+
+
+@dataclass(frozen=True)
+class HostNeeds:
+    """Bytes of a host's memory while it loads, saves and exports, and of files.
+
+    load:       two buffers' pieces: one on its way to the chips, the next one being read.
+    save:       the host's share of the state, copied, and what is in flight beside it.
+    export:     of the host that writes the model folder; None without an export.
+    checkpoint: on disk, all hosts together, of one step; up to `checkpoints` of them exist at a time.
+    exported:   the model folder's weights on disk; None without an export.
+    """
+
+    load_bytes: int
+    save_bytes: int
+    export_bytes: int | None
+    checkpoint_bytes: int
+    checkpoints: int
+    exported_bytes: int | None
+
+
+def host_needs(plan: Plan, work: Workload | None = None) -> HostNeeds:
+    """What a plan asks of each of its hosts and of the disk."""
+    work = work or workload_of(plan)
+    kept = [*work.table, *(each.row for each in work.optimizer)]
+    state = sum(row.num_elements * DTYPE_BYTES[row.storage_dtype] for row in kept)
+    export = plan.recipe.export
+    exported = sum(row.num_elements for row in work.table) * DTYPE_BYTES[export.dtype]
+    return HostNeeds(
+        load_bytes=_load_bytes(work, plan.topology.devices_per_host),
+        save_bytes=round(_SAVE_FACTOR * state / plan.topology.num_hosts),
+        export_bytes=_EXPORT_BYTES if export.enabled else None,
+        checkpoint_bytes=state,
+        checkpoints=plan.recipe.save.keep_last + 1,
+        exported_bytes=exported if export.enabled else None,
+    )
+
+
+def _load_bytes(work: Workload, devices_per_host: int) -> int:
+    """The largest two neighbours of the buffers that a backend fills one after the other."""
+    pieces = [_host_bytes(rows, work, devices_per_host) for rows in _buffers(work)]
+    return max((a + b for a, b in pairwise(pieces)), default=sum(pieces))
+
+
+def _buffers(work: Workload) -> Iterable[list[ParamRow]]:
+    """Rows as they lie in buffers: one by itself, or that of all layers at one place of the period."""
+    groups: dict[object, list[ParamRow]] = {}
+    for row in work.table:
+        found = _LAYER.match(row.name)
+        key = (int(found[1]) % work.period, found[2]) if found else row.name
+        groups.setdefault(key, []).append(row)
+    return groups.values()
+
+
+def _host_bytes(rows: list[ParamRow], work: Workload, devices_per_host: int) -> int:
+    """A buffer's pieces on one host; devices that hold the same piece share it."""
+    pieces = split_count(work.split_axes(rows[0]), work.axis_sizes)
+    on_host = min(devices_per_host, pieces)
+    local = sum(work.local_elements(row) * DTYPE_BYTES[row.storage_dtype] for row in rows)
+    return on_host * local

@@ -1,0 +1,152 @@
+"""What one train step is to its estimates: the model's table and sizes, the split, the batch, the choices.
+
+A `Workload` is all that the estimates of memory, communication and time read. It is made from a plan, or by
+hand where a choice is to be compared that no recipe has yet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from tptrain.config.plan import Plan
+from tptrain.family import ModelFacts, ParamRow, stored_rows
+from tptrain.family.table import DTYPE_BYTES
+from tptrain.mesh import RuleTable, Spec
+from tptrain.mesh.rules import split_count
+
+Attention = Literal["plain", "splash"]
+
+_LAYERS = "model.layers."
+_EMBEDDING = "model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """A tensor of the optimizer's state. row: of the weight it belongs to, with its own sizes and format."""
+
+    row: ParamRow
+    spec: Spec
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One train step on a mesh.
+
+    table:             the stored rows, padded for the mesh. specs: how the mesh splits them, by row name.
+    optimizer:         what the optimizer keeps beside them.
+    rows, tokens:      of one micro-batch: rows over all devices, and tokens of each.
+    micro_batches:     of a step.
+    compute:           format of activations and of weights inside the step.
+    remat:             name of the remat policy.
+    attention:         "plain" keeps the scores of every pair of tokens in memory, "splash" never does.
+    loss_chunk_tokens: tokens of every row whose logits exist at a time, the gradients being made along with
+                       the loss; None for a loss that automatic differentiation takes of all logits at once.
+    """
+
+    facts: ModelFacts
+    table: tuple[ParamRow, ...]
+    specs: Mapping[str, Spec]
+    optimizer: tuple[StateTensor, ...]
+    rules: RuleTable
+    axis_sizes: Mapping[str, int]
+    rows: int
+    tokens: int
+    micro_batches: int = 1
+    compute: str = "bfloat16"
+    remat: str = "full"
+    attention: Attention = "plain"
+    loss_chunk_tokens: int | None = None
+
+    @property
+    def num_devices(self) -> int:
+        return math.prod(self.axis_sizes.values())
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of a number in the compute format."""
+        return DTYPE_BYTES[self.compute]
+
+    @property
+    def period(self) -> int:
+        """Layers that one turn of the scan runs."""
+        return len(self.facts.layer_period)
+
+    @cached_property
+    def layer_rows(self) -> tuple[ParamRow, ...]:
+        return tuple(row for row in self.table if row.name.startswith(_LAYERS))
+
+    @cached_property
+    def embedding(self) -> ParamRow:
+        return next(row for row in self.table if row.name == _EMBEDDING)
+
+    @cached_property
+    def head(self) -> ParamRow:
+        """The row that gives the logits; the embedding where the two are tied."""
+        return next((row for row in self.table if row.name == _HEAD), self.embedding)
+
+    @property
+    def device_tokens(self) -> int:
+        """Tokens of one micro-batch on one device."""
+        axes = [*(self.rules.acts["act_batch"] or ()), *(self.rules.acts["act_tokens"] or ())]
+        return -(-self.rows * self.tokens // split_count(axes, self.axis_sizes))
+
+    @property
+    def logits_tokens(self) -> int:
+        """Tokens of one device whose logits exist at a time."""
+        chunk = self.tokens if self.loss_chunk_tokens is None else self.loss_chunk_tokens
+        return self.device_tokens * chunk // self.tokens
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """Bytes of the optimizer's state on one device."""
+        return sum(
+            math.prod(each.row.padded_size)
+            * DTYPE_BYTES[each.row.storage_dtype]
+            // split_count([axis for axes in each.spec for axis in axes], self.axis_sizes)
+            for each in self.optimizer
+        )
+
+    def split_axes(self, row: ParamRow) -> list[str]:
+        """The axes of size above 1 that split a row."""
+        return [axis for axes in self.specs[row.name] for axis in axes if self.axis_sizes[axis] > 1]
+
+    def gather_axes(self, row: ParamRow) -> list[str]:
+        """Those of them that split the batch, too: the row is collected over them before it is used."""
+        batch = self.rules.acts["act_batch"] or ()
+        return [axis for axis in self.split_axes(row) if axis in batch]
+
+    def local_elements(self, row: ParamRow) -> int:
+        """Numbers of a row that one device keeps."""
+        return math.prod(row.padded_size) // split_count(self.split_axes(row), self.axis_sizes)
+
+    def gathered_elements(self, row: ParamRow) -> int:
+        """Numbers of a row that one device computes with: those it keeps, times what it collects."""
+        return self.local_elements(row) * split_count(self.gather_axes(row), self.axis_sizes)
+
+
+def workload_of(plan: Plan) -> Workload:
+    """The train step that a plan runs."""
+    recipe, table = plan.recipe, stored_rows(plan.table)
+    return Workload(
+        facts=plan.facts,
+        table=table,
+        specs=plan.specs,
+        optimizer=adamw_state(table, plan.specs),
+        rules=plan.rules,
+        axis_sizes=plan.mesh.axis_sizes,
+        rows=plan.micro_rows,
+        tokens=recipe.data.seq_len,
+        micro_batches=recipe.optim.accumulation,
+        compute=recipe.precision.compute,
+        remat=recipe.remat.policy,
+    )
+
+
+def adamw_state(table: Sequence[ParamRow], specs: Mapping[str, Spec]) -> tuple[StateTensor, ...]:
+    """AdamW's two moments of every trained row, in the format of the row."""
+    return tuple(StateTensor(row, specs[row.name]) for _ in range(2) for row in table if row.trainable)
