@@ -94,10 +94,10 @@ class Chip:
 #   800 over 4 (v6e). v4: "How to Scale Your Model" (jax-ml.github.io/scaling-book), part 2, which has the
 #   same values as Google Cloud for the other three.
 # - DCN: v5p 50 Gbit/s per chip; v5e 6.4 and v6e 25.6 Tbit/s per pod of 256 chips. The v4 page has no value.
-# - Matrix units: the pages on v4, v5p and v5e give four MXUs to a TensorCore, and the page on TPU architecture
-#   128 x 128 multiply-adds a cycle to an MXU before v6e. The clocks are the peak over these, 1.05 GHz (also in
-#   the TPU v4 paper, arXiv:2304.01433), 1.75 and 1.5. v6e is an inference: an MXU is 256 x 256, and only four
-#   of them make the peak at a clock like v5p's; no page gives its clock.
+# - Matrix units: the pages on v4, v5p and v5e give four MXUs to a TensorCore, the page on TPU architecture
+#   128 x 128 multiply-adds a cycle to an MXU before v6e. The clocks are the peak over these: 1.05 GHz (also
+#   in the TPU v4 paper, arXiv:2304.01433), 1.75 and 1.5. v6e is an inference: an MXU is 256 x 256, and only
+#   four of them make the peak at a clock like v5p's; no page gives its clock.
 # - Wraparound links: v4 and v5p close every dimension from a full 4x4x4 cube on (the pages on both); v5e and
 #   v6e close a side of 16 chips ("How to Scale Your Model", part 2).
 V4 = Chip(
@@ -253,7 +253,7 @@ class Topology:
 
     @property
     def wraps(self) -> tuple[bool, bool, bool]:
-        """Which dimensions of a slice's network are closed to rings by a link from the last chip to the first."""
+        """Which dimensions of a slice's network are rings: the last chip has a link to the first."""
         if self.chip.torus_dims == 2:
             x, y, _ = self.shape
             return (x == _RING_2D, y == _RING_2D, False)

@@ -1,4 +1,4 @@
-"""Collectives of a module: what each chip sends, over which axis and network, and how much of it is waited for.
+"""Collectives of a module: what each chip sends, over which axis and network, and beside which compute.
 
 Bytes are what one chip sends. With b the bytes of its operand and n chips in a group, rings send
     all-gather b (n-1); reduce-scatter and all-to-all b (n-1)/n; all-reduce 2 b (n-1)/n; collective-permute b
@@ -33,6 +33,7 @@ class Transfer:
     start, end: positions of the instructions that begin and finish it; equal where the chip waits for it.
     num_bytes:  what one chip sends in one execution.
     seconds:    that at the speed of its links; None for a network whose speed has no source.
+    route:      which links it uses: equal for transfers that share them.
     """
 
     kind: str
@@ -45,6 +46,7 @@ class Transfer:
     start: int
     end: int
     op_name: str
+    route: str = ""
 
 
 def transfers(module: Module, computation: Computation, mesh: MeshPlaces) -> list[Transfer]:
@@ -107,13 +109,11 @@ def _finished(computation: Computation, instruction: Instruction) -> str:
 def _begun(
     module: Module, computation: Computation, instruction: Instruction, position: int
 ) -> Iterator[tuple[_Span, Literal["at once", "runs", "goes on"]]]:
-    """Collectives of an instruction, each with whether it is over with it, runs on, or may have begun before."""
+    """Collectives of an instruction: each is over with it, runs on, or may have begun before."""
     opcode = instruction.opcode
     if opcode in KINDS:
         yield _Span(instruction.name, computation, instruction, position, position), "at once"
-    elif opcode.removesuffix("-start") in KINDS:
-        yield _Span(instruction.name, computation, instruction, position, position), "runs"
-    elif opcode == "recv" and _MEGASCALE in instruction.attributes:
+    elif opcode.removesuffix("-start") in KINDS or _receives(instruction):
         yield _Span(instruction.name, computation, instruction, position, position), "runs"
     elif opcode == "async-start":
         callee = module.computations[instruction.called[0]]
@@ -122,6 +122,11 @@ def _begun(
                 yield _Span(instruction.name, callee, inner, position, position), "runs"
     elif opcode == "fusion":
         yield from _begun_in_fusion(module, computation, instruction, position)
+
+
+def _receives(instruction: Instruction) -> bool:
+    """Whether it receives from other slices; the send of the pair stands beside it."""
+    return instruction.opcode == "recv" and _MEGASCALE in instruction.attributes
 
 
 def _begun_in_fusion(
@@ -168,6 +173,8 @@ def _ici_transfer(span: _Span, mesh: MeshPlaces, num_partitions: int) -> Transfe
         start=span.start,
         end=span.end,
         op_name=inner.op_name,
+        # Permutes in the two directions of a ring use links of their own.
+        route=inner.attribute("source_target_pairs") or " ".join(_axes_of_all(mesh, groups)),
     )
 
 
@@ -192,6 +199,7 @@ def _slices_transfer(span: _Span, mesh: MeshPlaces) -> Transfer:
         start=span.start,
         end=span.end,
         op_name=inner.op_name,
+        route="DCN",
     )
 
 

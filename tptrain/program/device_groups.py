@@ -39,7 +39,7 @@ class MeshPlaces:
     def coordinates(self, place: int) -> tuple[int, ...]:
         """Where a place is along each axis."""
         found = []
-        for size in reversed(self.axis_sizes.values()):
+        for size in reversed(list(self.axis_sizes.values())):
             place, rest = divmod(place, size)
             found.append(rest)
         return tuple(reversed(found))
@@ -47,7 +47,9 @@ class MeshPlaces:
     def axes_of(self, group: Sequence[int]) -> tuple[str, ...]:
         """The axes along which the places of a group differ."""
         columns = zip(*(self.coordinates(place) for place in group), strict=True)
-        return tuple(axis for axis, column in zip(self.axis_sizes, columns, strict=True) if len(set(column)) > 1)
+        return tuple(
+            axis for axis, column in zip(self.axis_sizes, columns, strict=True) if len(set(column)) > 1
+        )
 
     @cached_property
     def slice_axes(self) -> tuple[str, ...]:

@@ -93,7 +93,9 @@ def _valid_products(input_size: int, output_size: int, window: _Window) -> int:
     return count
 
 
-def custom_call_flops(computation: Computation, instruction: Instruction, attention_density: float) -> float | None:
+def custom_call_flops(
+    computation: Computation, instruction: Instruction, attention_density: float
+) -> float | None:
     """FLOPs of a Pallas kernel; None for a kernel that gives no cost and is no attention.
 
     attention_density: the part of all (query, key) pairs that the mask leaves, for attention without a cost
@@ -103,14 +105,14 @@ def custom_call_flops(computation: Computation, instruction: Instruction, attent
     flops = int(json.loads(stated[1]).get("flops", 0)) if stated else 0
     if flops > 0:
         return float(flops)
-    query_and_key = _query_and_key(computation, instruction)
-    products = attention_products(instruction, query_and_key)
+    operands = _attention_operands(computation, instruction)
+    products = attention_products(instruction, operands)
     if products is None:
         return None
-    return attention_flops(*query_and_key, products, attention_density)
+    return attention_flops(operands[0], operands[1], products, attention_density)
 
 
-def attention_products(instruction: Instruction, query_and_key: Sequence[tuple[int, ...]]) -> int | None:
+def attention_products(instruction: Instruction, operands: Sequence[tuple[int, ...]]) -> int | None:
     """Matrix products of one attention kernel, each over all (query, key) pairs; None for other kernels.
 
     The kernels of JAX's splash attention are told by their names: forward 2 (scores, values); dq 3 (scores,
@@ -118,15 +120,13 @@ def attention_products(instruction: Instruction, query_and_key: Sequence[tuple[i
     block of keys, with one dim more than the query.
     """
     found = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", f"{instruction.name} {instruction.op_name}")
-    if found is None or len(query_and_key) < 2:
+    if found is None or len(operands) < 2:
         return None
-    parts_of_dq = any(len(array.dims) > len(query_and_key[0]) for array in instruction.arrays)
+    parts_of_dq = any(len(array.dims) > len(operands[0]) for array in instruction.arrays)
     return {"fwd": 2, "dq": 3, "dkv": 5 if parts_of_dq else 4}[found[1]]
 
 
-def attention_flops(
-    query: Sequence[int], key: Sequence[int], products: int, density: float
-) -> float:
+def attention_flops(query: Sequence[int], key: Sequence[int], products: int, density: float) -> float:
     """FLOPs of `products` matrix products over the (query, key) pairs that a mask leaves.
 
     query: [..., T, H]. key: [..., S, H]; every query row meets S keys, also where heads share them.
@@ -135,10 +135,8 @@ def attention_flops(
     return 2.0 * products * math.prod(query) * key[-2] * density
 
 
-def _query_and_key(computation: Computation, instruction: Instruction) -> list[tuple[int, ...]]:
+def _attention_operands(computation: Computation, instruction: Instruction) -> list[tuple[int, ...]]:
     """Dims of the first two floating point operands of three dims or more."""
-    arrays = [
-        array for name in instruction.operands for array in computation.by_name[name].arrays
-    ]
+    arrays = [array for name in instruction.operands for array in computation.by_name[name].arrays]
     large = [array.dims for array in arrays if "f" in array.dtype and len(array.dims) >= 3]
     return large[:2]

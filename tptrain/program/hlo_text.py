@@ -19,7 +19,7 @@ _DTYPE_BITS = {
     "pred": 8,
     **{f"{kind}{bits}": bits for kind in ("s", "u") for bits in (2, 4, 8, 16, 32, 64)},
     **{"bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128},
-    **{name: 8 for name in ("f8e5m2", "f8e4m3", "f8e4m3fn", "f8e4m3b11fnuz", "f8e5m2fnuz", "f8e3m4")},
+    **dict.fromkeys(("f8e5m2", "f8e4m3", "f8e4m3fn", "f8e4m3b11fnuz", "f8e5m2fnuz", "f8e3m4"), 8),
     **{"f8e4m3fnuz": 8, "f8e8m0fnu": 8, "f4e2m1fn": 4, "token": 0, "opaque": 0},
 }
 # What libtpu writes where it has no estimate.
@@ -184,7 +184,8 @@ _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{$")
 
 
 def _computations(text: str) -> Iterator[tuple[bool, Computation]]:
-    head, lines = None, []
+    head: re.Match[str] | None = None
+    lines: list[str] = []
     for line in text.split("\n")[1:]:
         if head is None:
             head = _HEAD.match(line)

@@ -43,8 +43,10 @@ _COMPARE: dict[str, Callable[[int, int], bool]] = {
 }
 # Operations that hand a scalar on as it is; convert and bitcast-convert wrap it to their own width.
 _SAME = frozenset(
-    ("copy", "bitcast", "reshape", "broadcast", "convert", "bitcast-convert", "optimization-barrier")
-    + ("copy-done", "reduce-precision")
+    {
+        *("copy", "copy-done", "bitcast", "reshape", "broadcast"),
+        *("convert", "bitcast-convert", "optimization-barrier"),
+    }
 )
 
 
@@ -154,7 +156,9 @@ def trip_count(module: Module, computation: Computation, loop: Instruction, argu
     return trips
 
 
-def body_arguments(module: Module, computation: Computation, loop: Instruction, outer: Arguments) -> Arguments:
+def body_arguments(
+    module: Module, computation: Computation, loop: Instruction, outer: Arguments
+) -> Arguments:
     """The arguments of a loop's body: known where no round changes them."""
     scalars = Scalars(module)
     _, body = loop_parts(module, loop)

@@ -98,7 +98,9 @@ class Walk:
         try:
             return trip_count(self.module, computation, loop, arguments)
         except UnknownTripCount as reason:
-            self.notices.append(f"the loop {loop.name} is counted once: its trip count is not known, {reason}")
+            self.notices.append(
+                f"the loop {loop.name} is counted once: its trip count is not known, {reason}"
+            )
             return 1
 
 
