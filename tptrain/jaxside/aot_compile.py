@@ -63,7 +63,7 @@ def mesh_devices(topology: Topology, order: Sequence[int]) -> list[Any]:
     try:
         # jax's stubs know less of a device than libtpu's have.
         described: list[Any] = list(
-            topologies.get_topology_desc(**topology_desc_arguments(topology)).devices  # type: ignore[arg-type]
+            topologies.get_topology_desc(**topology_desc_arguments(topology)).devices
         )
     except _xla.XlaRuntimeError as error:
         raise TopologyUnknownError(str(error)) from error
