@@ -19,7 +19,7 @@ Path = tuple[int, ...]
 # The value of a part of a computation's parameter.
 Arguments = Callable[[int, Path], int]
 
-_MOST_TRIPS = 1_000_000
+_MOST_TRIPS = 100_000
 
 _BINARY: dict[str, Callable[[int, int], int]] = {
     "add": operator.add,
@@ -149,8 +149,10 @@ def trip_count(module: Module, computation: Computation, loop: Instruction, argu
         next_state()
     trips = 0
     while goes_on():
-        state = next_state()
+        before, state = state, next_state()
         trips += 1
+        if state == before:
+            raise UnknownTripCount("it never ends")
         if trips > _MOST_TRIPS:
             raise UnknownTripCount(f"it runs more than {_MOST_TRIPS:,} times")
     return trips

@@ -58,8 +58,8 @@ def _cost_lines(cost: ProgramCost) -> Iterator[str]:
     yield (
         f"Step: about {cost.score_seconds:.4g} s, an estimate for ranking programs of one libtpu and one set"
         f" of flags: {cost.estimated_seconds:.4g} s from {cost.estimated_cycles:,} cycles{efficiency},"
-        f" {cost.kernel_seconds:.4g} s of Pallas kernels at half of peak, {cost.exposed_seconds:.4g} s waiting"
-        f" for communication ({cost.communication_seconds:.4g} s in all)."
+        f" {cost.kernel_seconds:.4g} s of Pallas kernels at half of peak, {cost.exposed_seconds:.4g} s"
+        f" of waiting for communication ({cost.communication_seconds:.4g} s in all)."
     )
     kernels = ", ".join(f"{kernel.name} {kernel.executions} times" for kernel in cost.kernels)
     yield (
