@@ -82,6 +82,7 @@ def main() -> None:
         "step_4x2": train_step(mesh_of(4, 2)),
         "batched": batched_products(mesh_of(2, 2)),
         "too_large": too_large(mesh_of(2, 2)),
+        "unsharded": jax.jit(lambda x: (x @ x).sum()).lower(jax.ShapeDtypeStruct((256, 256), jnp.float32)),
     }
     for name, one in lowered.items():
         module = one.compiler_ir("hlo").as_serialized_hlo_module_proto()

@@ -197,6 +197,20 @@ def test_other_chips(ask: Ask, tmp_path: Path, name: str) -> None:
     assert program.cost and program.cost.matmul_flops == 3 * 2 * 3 * (2 * 24 * 512 * 1280) // 4
 
 
+@pytest.mark.parametrize(
+    ("name", "wraps"), [("v5p-128", {"x", "y", "z"}), ("v6e-256", {"x", "y"}), ("v6e-16", set())]
+)
+def test_the_compiler_knows_the_rings(ask: Ask, tmp_path: Path, name: str, wraps: set[str]) -> None:
+    topology = parse_topology(name)
+    order = tuple(range(topology.num_devices))
+    asked = ask("unsharded", topology=topology, axis_sizes={"fsdp": len(order)}, device_order=order)
+    program = compile_program(asked, tmp_path / "cache", dump_dir=tmp_path / "dump")
+    assert program.outcome == "compiled", program.message
+    (arguments,) = (tmp_path / "dump").glob("*target_arguments.txt")
+    in_force = re.search(r"wrap \{([^}]*)\}", arguments.read_text())
+    assert in_force and set(re.findall(r"(\w): true", in_force[1])) == wraps
+
+
 def test_a_flag_reaches_the_compiler(ask: Ask, tmp_path: Path) -> None:
     flags = {"xla_tpu_enable_async_collective_fusion": "false"}
     program = compile_program(ask(xla_flags=flags), tmp_path, dump_dir=tmp_path / "dump")

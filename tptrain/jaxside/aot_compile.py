@@ -60,11 +60,11 @@ def compile_in(folder: Path) -> dict[str, Any]:
 
 def mesh_devices(topology: Topology, order: Sequence[int]) -> list[Any]:
     """libtpu's devices in mesh order, told apart by slice, coordinates and core."""
+    # Without `wrap` libtpu compiles for a network that is open on all sides.
+    arguments = {**topology_desc_arguments(topology), "wrap": topology.wraps}
     try:
         # jax's stubs know less of a device than libtpu's have.
-        described: list[Any] = list(
-            topologies.get_topology_desc(**topology_desc_arguments(topology)).devices
-        )
+        described: list[Any] = list(topologies.get_topology_desc(**arguments).devices)
     except _xla.XlaRuntimeError as error:
         raise TopologyUnknownError(str(error)) from error
     by_place = {
