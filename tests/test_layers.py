@@ -19,13 +19,16 @@ PACKAGE = Path(tptrain.__file__).parent
 
 # A part of the package may import itself and the parts before it.
 LAYERS = (
-    *("errors", "untrusted", "hf_files", "topology", "family", "mesh", "config", "estimate", "report", "models"),
-    *("data", "weights"),
+    *("errors", "untrusted", "hf_files", "topology", "family", "mesh", "config", "estimate", "program"),
+    *("report", "models", "data", "weights"),
     *("jaxside", "backends", "ckpt", "generate", "export", "convert", "eval", "train"),
     *("dryrun", "cli", "__main__"),
 )
 # Parts that plan a run; a laptop without any framework can import them.
-PLANNING = ("errors", "untrusted", "hf_files", "topology", "family", "mesh", "config", "estimate", "report")
+PLANNING = (
+    *("errors", "untrusted", "hf_files", "topology", "family", "mesh", "config", "estimate", "program"),
+    "report",
+)
 FRAMEWORKS = ("torch", "torch_xla", "jax", "jaxlib", "flax", "orbax", "transformers", "numpy", "optax")
 
 # Top-level module -> the only places that may import it: parts, or files of a part.

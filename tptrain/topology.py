@@ -40,6 +40,8 @@ class Chip:
     hbm_bytes_per_second:       between HBM and the chip.
     ici_link_bytes_per_second:  over one link to a neighbouring chip, in one direction.
     dcn_bytes_per_second:       a chip's share of its host's data centre network, in one direction.
+    clock_hertz:       of the TensorCores.
+    mxu_flops_per_cycle: of all matrix units of the chip in bfloat16; a multiply-add is two.
     tensor_cores:      TensorCores; together they are one device.
     torus_dims:        dimensions of the network between chips: 3 or 2, and 0 for CPU devices.
     host_shape:        chips of one host in a slice of several hosts.
@@ -56,6 +58,8 @@ class Chip:
     hbm_bytes_per_second: float | None
     ici_link_bytes_per_second: float | None
     dcn_bytes_per_second: float | None
+    clock_hertz: float | None
+    mxu_flops_per_cycle: int | None
     tensor_cores: int
     torus_dims: int
     host_shape: Shape
@@ -90,6 +94,10 @@ class Chip:
 #   800 over 4 (v6e). v4: "How to Scale Your Model" (jax-ml.github.io/scaling-book), part 2, which has the
 #   same values as Google Cloud for the other three.
 # - DCN: v5p 50 Gbit/s per chip; v5e 6.4 and v6e 25.6 Tbit/s per pod of 256 chips. The v4 page has no value.
+# - Matrix units: the pages on v4, v5p and v5e give four MXUs to a TensorCore, the page on TPU architecture
+#   128 x 128 multiply-adds a cycle to an MXU before v6e. The clocks are the peak over these: 1.05 GHz (also
+#   in the TPU v4 paper, arXiv:2304.01433), 1.75 and 1.5. v6e is an inference: an MXU is 256 x 256, and only
+#   four of them make the peak at a clock like v5p's; no page gives its clock.
 # - Wraparound links: v4 and v5p close every dimension from a full 4x4x4 cube on (the pages on both); v5e and
 #   v6e close a side of 16 chips ("How to Scale Your Model", part 2).
 V4 = Chip(
@@ -101,6 +109,8 @@ V4 = Chip(
     hbm_bytes_per_second=1200e9,
     ici_link_bytes_per_second=45e9,
     dcn_bytes_per_second=None,
+    clock_hertz=1.05e9,
+    mxu_flops_per_cycle=2 * 4 * 128 * 128 * 2,
     tensor_cores=2,
     torus_dims=3,
     host_shape=(2, 2, 1),
@@ -117,6 +127,8 @@ V5P = Chip(
     hbm_bytes_per_second=2765e9,
     ici_link_bytes_per_second=100e9,
     dcn_bytes_per_second=50e9 / 8,
+    clock_hertz=1.75e9,
+    mxu_flops_per_cycle=2 * 4 * 128 * 128 * 2,
     tensor_cores=2,
     torus_dims=3,
     host_shape=(2, 2, 1),
@@ -133,6 +145,8 @@ V5E = Chip(
     hbm_bytes_per_second=819e9,
     ici_link_bytes_per_second=50e9,
     dcn_bytes_per_second=6.4e12 / 256 / 8,
+    clock_hertz=1.5e9,
+    mxu_flops_per_cycle=4 * 128 * 128 * 2,
     tensor_cores=1,
     torus_dims=2,
     host_shape=(2, 2, 1),
@@ -149,6 +163,8 @@ V6E = Chip(
     hbm_bytes_per_second=1640e9,
     ici_link_bytes_per_second=100e9,
     dcn_bytes_per_second=25.6e12 / 256 / 8,
+    clock_hertz=1.75e9,
+    mxu_flops_per_cycle=4 * 256 * 256 * 2,
     tensor_cores=1,
     torus_dims=2,
     host_shape=(2, 2, 1),
@@ -166,6 +182,8 @@ CPU = Chip(
     hbm_bytes_per_second=None,
     ici_link_bytes_per_second=None,
     dcn_bytes_per_second=None,
+    clock_hertz=None,
+    mxu_flops_per_cycle=None,
     tensor_cores=1,
     torus_dims=0,
     host_shape=(1, 1, 1),
