@@ -26,6 +26,9 @@ USAGE = """\
 usage: tptrain COMMAND ...
 
   tptrain plan RECIPE [setting=value ...] [--json]   what would run: numbers, parameter table, problems
+  tptrain dryrun RECIPE topology=v5p-32 [...]        the same, then trace and compile the real step
+      --until plan|trace|compile                     the last of the three tiers
+      --libtpu PATH  --cache DIR  --json             another compiler, where results are kept, one JSON object
   tptrain train RECIPE [setting=value ...]           train, and export a Hugging Face folder
       --resume auto|never|STEP                       go on with the run in output_dir (resume=...)
       --unverified                                   also from a checkpoint without digests (unverified=true)
@@ -85,7 +88,7 @@ def _dispatch(args: list[str]) -> int:
 
 def _is_bare_help(args: list[str]) -> bool:
     """`tptrain plan --help`, with no recipe whose settings could be shown."""
-    return args[0] in ("plan", "train") and len(args) == 2 and args[1] in _HELP
+    return args[0] in ("plan", "dryrun", "train") and len(args) == 2 and args[1] in _HELP
 
 
 def _unknown_command(word: str) -> Problem:
@@ -110,6 +113,17 @@ def _plan_command(args: list[str]) -> int:
     return _OK
 
 
+def _dryrun_command(args: list[str]) -> int:
+    from tptrain.dryrun.command import dry_run, read_options
+
+    options, rest = read_options(args)
+    recipe, overrides = _recipe_and_overrides("dryrun", rest)
+    if _asks_help(overrides):
+        return _show_help(recipe, "tptrain dryrun RECIPE")
+    raise_if_any(dry_run(_planned(recipe, overrides), options))
+    return _OK
+
+
 def _train_command(args: list[str]) -> int:
     recipe, overrides = _recipe_and_overrides("train", args)
     return _train(recipe, overrides, "tptrain train RECIPE")
@@ -123,6 +137,7 @@ def _generate_command(args: list[str]) -> int:
 
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": _plan_command,
+    "dryrun": _dryrun_command,
     "train": _train_command,
     "generate": _generate_command,
 }

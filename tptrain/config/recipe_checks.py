@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+from tptrain.config.compiler_flags import compiler_flags
 from tptrain.config.schema import Recipe
 from tptrain.config.settings import settings, shown, value_of
 from tptrain.errors import Problem, nearest, unknown_name
@@ -28,6 +29,7 @@ def recipe_problems(recipe: Recipe) -> list[Problem]:
         *_schedule_problems(recipe),
         *_precision_problems(recipe),
         *_keep_best_problems(recipe),
+        *_compiler_problems(recipe),
     ]
 
 
@@ -125,6 +127,17 @@ def _precision_problems(recipe: Recipe) -> list[Problem]:
     return problems
 
 
+def _compiler_problems(recipe: Recipe) -> list[Problem]:
+    text = recipe.compiler.tpu_flags
+    try:
+        compiler_flags(text)
+    except ValueError as error:
+        rule = "must be flags of the form --name=value, each given once"
+        fix = '"--xla_tpu_enable_latency_hiding_scheduler=true", or default'
+        return [Problem("compiler.tpu_flags", text, rule, f"found {error}", fix)]
+    return []
+
+
 def _keep_best_problems(recipe: Recipe) -> list[Problem]:
     """What keep_best needs: scores, and steps that are both scored and saved."""
     best, evaluation = recipe.save.keep_best, recipe.eval
@@ -193,6 +206,8 @@ def _idle_settings(recipe: Recipe) -> list[tuple[bool, str, tuple[str, ...]]]:
             f"save.every_steps={save.every_steps} and schedule.max_steps={recipe.schedule.max_steps}",
             ("save.keep_every",),
         ),
+        (recipe.backend == "torch", "backend=torch", ("compiler.tpu_flags",)),
+        (recipe.topology.startswith("cpu-"), f"topology={recipe.topology}", ("compiler.tpu_flags",)),
         (recipe.resume == "never", "resume=never", ("unverified",)),
         (model.pretrained is not None, f"model.pretrained={model.pretrained}", ("seed",)),
     ]

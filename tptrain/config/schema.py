@@ -137,6 +137,15 @@ class RematSection:
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class CompilerSection:
+    """How XLA compiles for TPUs."""
+
+    tpu_flags: str = "default"
+    """Flags of the TPU compiler as libtpu takes them, "--xla_tpu_x=true --xla_y=4"; a run and a dry run pass
+    them alike; default: none."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class SaveSection:
     """Checkpoints. One is always written at the end of a run."""
 
@@ -225,6 +234,7 @@ class Recipe:
     schedule: ScheduleSection = Field(default_factory=ScheduleSection)
     precision: PrecisionSection = Field(default_factory=PrecisionSection)
     remat: RematSection = Field(default_factory=RematSection)
+    compiler: CompilerSection = Field(default_factory=CompilerSection)
     save: SaveSection = Field(default_factory=SaveSection)
     export: ExportSection = Field(default_factory=ExportSection)
     eval: EvalSection = Field(default_factory=EvalSection)

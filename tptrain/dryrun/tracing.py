@@ -59,7 +59,8 @@ def trace_step(plan: Plan) -> Traced:
     for _ in range(2):
         function, constants = prepare_step(backend, plan)
         inputs = {**step_placeholders(backend, plan), **constants}
-        steps.append(backend.trace_step(function, fresh_state(backend, None), inputs, state_specs(backend)))
+        state = fresh_state(backend, backend.no_source)
+        steps.append(backend.trace_step(function, state, inputs, state_specs(backend)))
     first, second = steps
     return Traced(
         step=first,

@@ -26,19 +26,29 @@ from tptrain.backends.xla.hlo_proto import (
 )
 from tptrain.backends.xla.sharding import partition_spec
 from tptrain.config.plan import Plan
+from tptrain.family import ParamRow
 from tptrain.mesh import Spec
 
 _XLAC = torch_xla._XLAC
 
 
+class NoSource:
+    """The TensorSource of buffers without data: it is never read."""
+
+    def read(self, row: ParamRow, index: tuple[slice, ...]) -> torch.Tensor:
+        raise AssertionError(f"{row.name}: placeholders have no values")
+
+
 class PlaceholderBackend(XlaBackend):
     """Devices in mesh order, and placeholders wherever a run has buffers."""
+
+    no_source = NoSource()
 
     def __init__(self, plan: Plan):
         super().__init__(plan, tuple(range(plan.num_devices)))
         self._spec_of: dict[int, Spec] = {}
 
-    def place(self, source: TensorSource | None = None) -> Tensors:
+    def place(self, source: TensorSource) -> Tensors:
         buffers = self.layout.buffers.values()
         return {b.name: self._placeholder(b.shape, b.spec, b.dtype) for b in buffers}
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 from tptrain.errors import refuse
 from tptrain.topology import Topology
 
 
-def set_environment(topology: Topology, environ: MutableMapping[str, str]) -> None:
-    """State in the environment which devices torch_xla is to open.
+def set_environment(
+    topology: Topology, environ: MutableMapping[str, str], tpu_flags: Mapping[str, str] | None = None
+) -> None:
+    """State in the environment which devices torch_xla is to open, and how the TPU compiler is to compile.
 
+    tpu_flags: by name, without dashes; they stand behind those that are in the environment already.
     torch_xla owns the chips; JAX, which writes the checkpoints, stays on the CPU beside it.
     """
     environ["JAX_PLATFORMS"] = "cpu"
@@ -20,8 +23,12 @@ def set_environment(topology: Topology, environ: MutableMapping[str, str]) -> No
     if topology.name.startswith("cpu-"):
         environ["PJRT_DEVICE"] = "CPU"
         environ["CPU_NUM_DEVICES"] = str(topology.num_devices)
-    else:
-        environ.setdefault("PJRT_DEVICE", "TPU")
+        return
+    environ.setdefault("PJRT_DEVICE", "TPU")
+    flags = [f"--{name}={value}" for name, value in (tpu_flags or {}).items()]
+    given = environ.get("LIBTPU_INIT_ARGS", "").split()
+    if flags and not set(flags) <= set(given):
+        environ["LIBTPU_INIT_ARGS"] = " ".join([*given, *flags])
 
 
 def setup_process(topology: Topology) -> None:

@@ -1,0 +1,164 @@
+"""`tptrain dryrun`: the plan, the traced step and the compiled program of a run, on one page.
+
+tptrain dryrun RECIPE topology=v5p-32 [setting=value ...]
+    --until plan|trace|compile    the last tier (default: compile, where the topology is a TPU slice)
+    --libtpu PATH                 another TPU compiler: a libtpu.so, or the folder of an installed libtpu
+    --cache DIR                   where compiled results are kept
+    --json                        the same as one JSON object
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tptrain.config.compiler_flags import compiler_flags
+from tptrain.config.plan import Plan
+from tptrain.dryrun.compiling import CompileRequest, compile_program
+from tptrain.dryrun.tracing import Traced, trace_in_child
+from tptrain.errors import Problem, raise_if_any, refuse, unknown_name
+from tptrain.estimate import estimate, memory_problems
+from tptrain.program.compiled import CompiledProgram
+from tptrain.report.plan_page import plan_json, plan_page
+from tptrain.report.program_lines import program_lines
+from tptrain.report.trace_lines import trace_json, trace_lines
+
+TIERS = ("plan", "trace", "compile")
+# A causal mask leaves about half of all pairs of query and key.
+_CAUSAL_DENSITY = 0.5
+
+
+@dataclass(frozen=True)
+class DryRunOptions:
+    """Options of the command. until: the last tier; libtpu, cache: paths, None for the defaults."""
+
+    until: str = "compile"
+    libtpu: Path | None = None
+    cache: Path | None = None
+    as_json: bool = False
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What the tiers found; None for a tier that did not run."""
+
+    plan: Plan
+    traced: Traced | None = None
+    program: CompiledProgram | None = None
+
+
+def read_options(args: Sequence[str]) -> tuple[DryRunOptions, list[str]]:
+    """The options among the arguments, and all other arguments."""
+    values: dict[str, str] = {}
+    rest: list[str] = []
+    remaining = iter(args)
+    for arg in remaining:
+        name, equals, value = arg.partition("=")
+        if name in ("--until", "--libtpu", "--cache"):
+            given = value if equals else next(remaining, "")
+            if not given:
+                raise refuse(name, "", "needs a value", "it is the last argument", f"{name} {_EXAMPLE[name]}")
+            values[name] = given
+        else:
+            rest.append(arg)
+    until = values.get("--until", "compile")
+    if until not in TIERS:
+        raise_if_any([unknown_name("--until", until, "tier", TIERS)])
+    libtpu, cache = (Path(values[n]).expanduser() if n in values else None for n in ("--libtpu", "--cache"))
+    as_json = "--json" in rest
+    return DryRunOptions(until, libtpu, cache, as_json), [arg for arg in rest if arg != "--json"]
+
+
+_EXAMPLE = {"--until": "trace", "--libtpu": "path/to/libtpu.so", "--cache": "path/to/folder"}
+
+
+def dry_run(plan: Plan, options: DryRunOptions) -> list[Problem]:
+    """Run the tiers, print the page (or the JSON object), and return what keeps the run from going well.
+
+    Raises ProblemsError for a wrong path of libtpu, TraceError when the step cannot be traced.
+    """
+    found = estimate(plan)
+    if not options.as_json:
+        print(plan_page(plan, found), flush=True)
+    traced = program = None
+    if options.until != "plan":
+        raise_if_any(_backend_problems(plan))
+        traced = trace_in_child(plan)
+        _say(options, trace_lines(plan, traced))
+    if traced is not None and options.until == "compile" and plan.topology.chip.platform == "tpu":
+        program = compile_program(compile_request(plan, traced, options.libtpu), options.cache)
+        _say(options, program_lines(program, plan.topology.chip.hbm_bytes))
+    result = DryRun(plan, traced, program)
+    if options.as_json:
+        print(json.dumps(_as_json(result, plan_json(plan, found)), indent=1))
+    # What the compiler has seen stands above what was estimated.
+    memory = memory_problems(plan, found) if program is None or program.memory is None else []
+    return [*memory, *_trace_problems(traced), *_compile_problems(plan, program)]
+
+
+def compile_request(plan: Plan, traced: Traced, libtpu: Path | None) -> CompileRequest:
+    """What the compile tier is asked for: the traced step, on the devices in JAX's order."""
+    from tptrain.jaxside.device_order import device_order
+
+    return CompileRequest(
+        hlo_proto=traced.step.module,
+        topology=plan.topology,
+        axis_sizes=plan.mesh.axis_sizes,
+        device_order=device_order(plan.topology, plan.mesh.ici, plan.mesh.dcn),
+        xla_flags=compiler_flags(plan.recipe.compiler.tpu_flags),
+        libtpu=libtpu,
+        attention_density=_CAUSAL_DENSITY,
+        parameter_names=tuple(name or "a number" for name in traced.step.parameters),
+    )
+
+
+def _say(options: DryRunOptions, lines: Sequence[str]) -> None:
+    if not options.as_json:
+        print("\n".join([*lines, ""]), flush=True)
+
+
+def _as_json(result: DryRun, plan: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "plan": plan,
+        "trace": trace_json(result.traced) if result.traced else None,
+        "program": json.loads(result.program.to_json()) if result.program else None,
+    }
+
+
+def _backend_problems(plan: Plan) -> list[Problem]:
+    if plan.recipe.backend == "xla":
+        return []
+    rule = "has no step to trace: plain PyTorch runs operation by operation"
+    return [Problem("backend", plan.recipe.backend, rule, "--until trace", "backend=xla, or --until plan")]
+
+
+def _trace_problems(traced: Traced | None) -> list[Problem]:
+    """Faults of the step itself: it would compile twice, or move its state at every step."""
+    problems = []
+    if traced is not None and not traced.is_steady:
+        rule, other = "must trace to the same program every time", "two traces differ"
+        problems.append(Problem("step", "traced twice", rule, other, "a step that is a pure function"))
+    if traced is not None and traced.changed_specs:
+        rule, other = (
+            "must leave the step as it came in, or it is moved at every step",
+            "another sharding after",
+        )
+        names = ", ".join(traced.changed_specs[:3])
+        problems.append(Problem("state", names, rule, other, "the sharding that the plan gives it"))
+    return problems
+
+
+def _compile_problems(plan: Plan, program: CompiledProgram | None) -> list[Problem]:
+    if program is None or program.outcome == "compiled":
+        return []
+    rule = "must compile for the topology"
+    if program.outcome == "out_of_memory":
+        rule = "must fit the memory of a chip"
+        proposed = memory_problems(plan, estimate(plan))
+        fix = proposed[0].fix if proposed else "remat.policy=full, a smaller data.batch_rows or more chips"
+        return [Problem("topology", plan.topology.name, rule, program.message, fix)]
+    fix = "see the message; --until trace does without the compiler"
+    return [Problem("topology", plan.topology.name, rule, program.message, fix)]
