@@ -103,15 +103,17 @@ def compile_request(plan: Plan, traced: Traced, libtpu: Path | None) -> CompileR
     """What the compile tier is asked for: the traced step, on the devices in JAX's order."""
     from tptrain.jaxside.device_order import device_order
 
+    step = traced.step
     return CompileRequest(
-        hlo_proto=traced.step.module,
+        hlo_proto=step.module,
         topology=plan.topology,
         axis_sizes=plan.mesh.axis_sizes,
         device_order=device_order(plan.topology, plan.mesh.ici, plan.mesh.dcn),
         xla_flags=compiler_flags(plan.recipe.compiler.tpu_flags),
         libtpu=libtpu,
         attention_density=_CAUSAL_DENSITY,
-        parameter_names=tuple(name or "a number" for name in traced.step.parameters),
+        parameter_names=tuple(name or "a number" for name in step.parameters),
+        donated=tuple(i for i, name in enumerate(step.parameters) if name in step.donated),
     )
 
 

@@ -42,6 +42,7 @@ class CompileRequest:
     libtpu:       another compiler than the installed one: see `libtpu_at`.
     attention_density: part of all (query, key) pairs that the attention mask leaves; 0.5 for a causal mask.
     parameter_names: names of the program's parameters in order, for the report of large buffers.
+    donated: numbers of the parameters that the program may write its results into.
 
     Raises ProblemsError for a mesh or an order that is not of that topology.
     """
@@ -54,6 +55,7 @@ class CompileRequest:
     libtpu: Path | None
     attention_density: float
     parameter_names: tuple[str, ...] = ()
+    donated: tuple[int, ...] = ()
     timeout_seconds: float = 3600.0
 
     def __post_init__(self) -> None:
@@ -112,6 +114,7 @@ def _cache_parts(request: CompileRequest, libtpu: Libtpu) -> dict[str, Any]:
         "libtpu": libtpu.identity,
         "attention_density": request.attention_density,
         "parameter_names": request.parameter_names,
+        "donated": request.donated,
     }
 
 
@@ -137,6 +140,7 @@ def _compiled_in(work: Path, dump: Path, request: CompileRequest, libtpu: Libtpu
         "topology": request.topology.name,
         "order": request.device_order,
         "flags": dict(request.xla_flags),
+        "donated": request.donated,
     }
     (work / _REQUEST).write_text(json.dumps(asked))
     (work / _PROGRAM).write_bytes(request.hlo_proto)

@@ -16,13 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax._src.interpreters import mlir as jax_mlir
 from jax._src.lib import xla_client
+from jax._src.lib.mlir import ir
 from jax.experimental import topologies
 
 from tptrain.jaxside.device_order import topology_desc_arguments
 from tptrain.topology import Topology, parse_topology
 
 REQUEST, PROGRAM, RESULT, DUMP = "request.json", "program.pb", "result.json", "dump"
+
+# What MLIR calls the attributes of a function's arguments, one dictionary for each.
+_ARGUMENTS = "arg_attrs"
 
 # XLA's own Python bindings have no type stubs for what is used here.
 _xla: Any = xla_client
@@ -42,7 +47,7 @@ def compile_in(folder: Path) -> dict[str, Any]:
         return {"error": "topology", "message": str(error)}
     client = devices[0].client
     result = {"build": client.platform_version}
-    module = _mlir_module((folder / PROGRAM).read_bytes())
+    module = mlir_module((folder / PROGRAM).read_bytes(), request["donated"])
     started = time.monotonic()
     try:
         executable = client.compile(
@@ -81,10 +86,17 @@ def mesh_devices(topology: Topology, order: Sequence[int]) -> list[Any]:
     return [by_place[place] for place in places]
 
 
-def _mlir_module(proto: bytes) -> bytes:
-    computation = _xla.XlaComputation(proto)
-    module: str = _xla._xla.mlir.xla_computation_to_mlir_module(computation)
-    return module.encode()
+def mlir_module(proto: bytes, donated: Sequence[int]) -> bytes:
+    """The module in the form that libtpu is handed. XLA's conversion drops donors, so they are stated again."""
+    text: str = _xla._xla.mlir.xla_computation_to_mlir_module(_xla.XlaComputation(proto))
+    with jax_mlir.make_ir_context():
+        module = ir.Module.parse(text)
+        main = ir.SymbolTable(module.operation)["main"]
+        attributes = [{item.name: item.attr for item in argument} for argument in main.attributes[_ARGUMENTS]]
+        for number in donated:
+            attributes[number]["jax.buffer_donor"] = ir.BoolAttr.get(True)
+        main.attributes[_ARGUMENTS] = ir.ArrayAttr.get([ir.DictAttr.get(each) for each in attributes])
+        return str(module).encode()
 
 
 def _compile_options(devices: Sequence[Any], flags: Mapping[str, str]) -> Any:
