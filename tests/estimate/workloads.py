@@ -29,7 +29,9 @@ def small_plan(*overrides: str) -> Plan:
 
 
 def small_work(*overrides: str, **changes: Any) -> Workload:
-    return dataclasses.replace(workload_of(small_plan(*overrides)), **changes)
+    """The same with plain attention and all logits at once, unless `changes` says otherwise."""
+    work = workload_of(small_plan(*overrides))
+    return dataclasses.replace(work, **{"attention": "plain", "loss_chunk_tokens": None, **changes})
 
 
 def llama3_plan(topology: str, seq_len: int, rows: int, *overrides: str) -> Plan:
@@ -41,6 +43,6 @@ def llama3_plan(topology: str, seq_len: int, rows: int, *overrides: str) -> Plan
 
 
 def llama3_work(seq_len: int, rows_per_chip: int, **changes: Any) -> Workload:
-    """The same on 16 chips, fsdp=16, with splash attention, as MaxText's numbers were made."""
+    """The same on 16 chips, fsdp=16, with splash attention and all logits: as MaxText's numbers were made."""
     work = workload_of(llama3_plan("v5p-32", seq_len, 16 * rows_per_chip))
-    return dataclasses.replace(work, **{"attention": "splash", **changes})
+    return dataclasses.replace(work, **{"attention": "splash", "loss_chunk_tokens": None, **changes})
