@@ -87,7 +87,7 @@ def mesh_devices(topology: Topology, order: Sequence[int]) -> list[Any]:
 
 
 def mlir_module(proto: bytes, donated: Sequence[int]) -> bytes:
-    """The module in the form that libtpu is handed. XLA's conversion drops donors, so they are stated again."""
+    """The module as libtpu is handed it. XLA's conversion drops donors, so they are stated again."""
     text: str = _xla._xla.mlir.xla_computation_to_mlir_module(_xla.XlaComputation(proto))
     with jax_mlir.make_ir_context():
         module = ir.Module.parse(text)

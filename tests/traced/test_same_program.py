@@ -1,0 +1,103 @@
+"""What the dry run compiles is what a run compiles: instruction by instruction, before optimizations."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jax._src.lib import xla_client
+
+from tests import small
+from tptrain.backends.base import TracedStep
+from tptrain.backends.xla.backend import XlaBackend
+from tptrain.backends.xla.hlo_proto import read_module
+from tptrain.backends.xla.placeholders import PlaceholderBackend
+from tptrain.config import Plan
+from tptrain.train.state import HALTED, fresh_state, state_specs
+from tptrain.train.step import prepare_step, step_placeholders
+
+_xla: Any = xla_client._xla
+
+
+def placeholder_trace(plan: Plan) -> TracedStep:
+    backend = PlaceholderBackend(plan)
+    function, constants = prepare_step(backend, plan)
+    inputs = {**step_placeholders(backend, plan), **constants}
+    state = fresh_state(backend, backend.no_source)
+    return backend.trace_step(function, state, inputs, state_specs(backend))
+
+
+def compiled_by_a_run(plan: Plan, tied: bool, dump: Path) -> bytes:
+    """The module that XLA was handed when a run compiled its step on real buffers."""
+    backend = XlaBackend(plan, tuple(range(8)))
+    function, constants = prepare_step(backend, plan)
+    state = fresh_state(backend, small.DictSource(small.weights_of(small.reference(tied))))
+    inputs = small.step_inputs(backend, plan, constants, 1)
+    before = set(dump.iterdir())
+    backend.compile_step(function, state, inputs, state_specs(backend))
+    programs = [p for p in set(dump.iterdir()) - before if p.name.endswith("before_optimizations.hlo.pb")]
+    (path,) = [p for p in programs if p.stat().st_size == max(q.stat().st_size for q in programs)]
+    return module_of(path.read_bytes())
+
+
+def module_of(dumped: bytes) -> bytes:
+    """A dump holds an HloProto, whose first field is the module."""
+    assert dumped[0] == 0x0A
+    size = shift = 0
+    for at in range(1, 10):
+        size |= (dumped[at] & 0x7F) << shift
+        shift += 7
+        if dumped[at] < 0x80:
+            return dumped[at + 1 : at + 1 + size]
+    raise AssertionError("no length")
+
+
+def text_of(module: bytes) -> list[str]:
+    """Lines of a module: instructions, shapes, shardings, donors, constants; without its name."""
+    options = _xla.HloPrintOptions()
+    options.print_large_constants, options.print_metadata = True, False
+    text = _xla.HloModule.from_serialized_hlo_module_proto(module).to_string(options)
+    return re.sub(r"\b(SyncTensorsGraph|IrToHlo)\.\d+", "step", text).splitlines()
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_module_is_the_one_that_a_run_compiles(accumulation: int, tied: bool, dump: Path) -> None:
+    config = small.LLAMA3_TIED if tied else small.LLAMA3
+    plan = small.small_plan(4, 2, config=config, accumulation=accumulation, remat="full")
+    traced = placeholder_trace(plan)
+    ours, theirs = text_of(traced.module), text_of(compiled_by_a_run(plan, tied, dump))
+    assert len(ours) > 1000 and "buffer_donor" in ours[0]
+    assert ours == theirs
+
+
+def test_names_specs_and_donors_are_those_of_the_parameters() -> None:
+    plan = small.small_plan(4, 2)
+    traced = placeholder_trace(plan)
+    module = read_module(traced.module)
+    donors = {traced.parameters[entry.parameter_number] for entry in module.buffer_donor.entries}
+    assert donors == traced.donated == set(state_specs(PlaceholderBackend(plan)))
+    assert traced.specs["params/lm_head.weight"] == (("tensor",), ("fsdp",)) and traced.specs[HALTED] == ()
+    assert traced.outputs[-4:] == ("loss", "counted", "grad_norm", "finite")
+    # The batch and the learning rate are parameters, so no value of theirs is part of the program.
+    assert {"tokens", "weights", "learning_rate", "bias_correction1"} <= set(traced.parameters)
+
+
+def test_two_traces_are_equal_and_state_leaves_as_it_came() -> None:
+    plan = small.small_plan(2, 2, data=2)
+    first, second = placeholder_trace(plan), placeholder_trace(plan)
+    assert first.module == second.module
+    backend = PlaceholderBackend(plan)
+    assert backend.changed_specs(first) == ()
+
+
+def test_state_that_changes_its_sharding_is_told() -> None:
+    plan = small.small_plan(4, 2)
+    backend = PlaceholderBackend(plan)
+    function, constants = prepare_step(backend, plan)
+    inputs = {**step_placeholders(backend, plan), **constants}
+    specs = {**state_specs(backend), "mu/lm_head.weight": ((), ("fsdp",))}
+    traced = backend.trace_step(function, fresh_state(backend, backend.no_source), inputs, specs)
+    assert backend.changed_specs(traced) == ("mu/lm_head.weight",)
