@@ -152,7 +152,11 @@ def _compiled_in(work: Path, dump: Path, request: CompileRequest, libtpu: Libtpu
 
 def _environment(request: CompileRequest, libtpu: Libtpu, dump: Path) -> dict[str, str]:
     """The child's environment: nothing that steers XLA or libtpu is taken over from the caller's."""
-    steering = ("XLA_", "LIBTPU_", "TPU_", "JAX_", "PJRT_", "CPU_NUM_DEVICES", "MEGASCALE_")
+    steering = (
+        *("XLA_", "LIBTPU_", "TPU_", "JAX_", "PJRT_", "CPU_NUM_DEVICES", "MEGASCALE_"),
+        # libtpu reads the slice's shape from these too, which a TPU VM may have in its environment.
+        *("WRAP", "ALT", "HOST_BOUNDS", "CHIPS_PER_HOST_BOUNDS"),
+    )
     env = {name: value for name, value in os.environ.items() if not name.startswith(steering)}
     root = str(Path(tptrain.__file__).parent.parent)
     return {
