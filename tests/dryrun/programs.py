@@ -61,9 +61,9 @@ def batched_products(mesh: Mesh) -> Any:
 
 
 def too_large(mesh: Mesh) -> Any:
-    """A product of large matrices: 20 GiB on each of four chips."""
-    x = array(mesh, (65536, 65536), jnp.float32, P("fsdp", "tensor"))
-    w = array(mesh, (65536, 49152), jnp.float32, P("fsdp", "tensor"))
+    """A product of large matrices: 28 GiB on each of four chips."""
+    x = array(mesh, (65536, 81920), jnp.float32, P("fsdp", "tensor"))
+    w = array(mesh, (81920, 65536), jnp.float32, P("fsdp", "tensor"))
 
     def f(x: Any, w: Any) -> Any:
         y = jax.nn.relu(x @ w)

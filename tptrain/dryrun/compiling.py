@@ -19,7 +19,7 @@ import tptrain
 from tptrain.dryrun.compile_cache import CompileCache, default_cache_dir
 from tptrain.dryrun.compiled_text import Dump
 from tptrain.dryrun.libtpu import RUN_VERSION, Libtpu, installed_libtpu, libtpu_at
-from tptrain.errors import Problem, raise_if_any
+from tptrain.errors import Problem, raise_if_any, refuse
 from tptrain.program.compiled import CompiledProgram, Memory, Outcome
 from tptrain.program.device_groups import MeshPlaces
 from tptrain.topology import Topology
@@ -68,8 +68,11 @@ def compile_program(
     cache_dir: where outcomes are kept; the user's cache folder by default. dump_dir: an empty or new folder
     to leave XLA's dump in; the cache is then not asked, because it keeps no dump.
 
-    What the compiler does is returned, also when it crashes. Raises ProblemsError for a wrong path of libtpu.
+    What the compiler does is returned, also when it crashes. Raises ProblemsError for a wrong path.
     """
+    if dump_dir is not None and dump_dir.is_dir() and any(dump_dir.iterdir()):
+        rule = "must be empty, because all in it is read as the dump of this compile"
+        raise refuse("dump_dir", dump_dir, rule, "it has files", "a new folder")
     libtpu = libtpu_at(request.libtpu) if request.libtpu else installed_libtpu()
     if libtpu is None:
         fix = "no TPU compiler is installed: pip install 'tptrain[aot]', or name one with libtpu=PATH"

@@ -9,6 +9,7 @@ parts. An estimate, good for ranking programs under one libtpu and one set of fl
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -266,9 +267,10 @@ def _is_kernel(instruction: Instruction) -> bool:
 
 
 def _kernel_name(instruction: Instruction) -> str:
-    """The kernel's name without its block sizes: "splash_mha_dkv"."""
+    """The kernel's name without XLA's number and its block sizes: "splash_mha_dkv"."""
     path = [part for part in instruction.op_name.split("/") if part != "pallas_call"]
-    name = path[-1] if path else instruction.name
+    unnamed = instruction.name.startswith("custom-call") and path
+    name = path[-1] if unnamed else re.sub(r"(\.clone|\.\d+)+$", "", instruction.name)
     return name.split("_block_")[0]
 
 
