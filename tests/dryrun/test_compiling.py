@@ -335,7 +335,7 @@ def test_a_path_without_libtpu_is_refused(ask: Ask, tmp_path: Path) -> None:
 
 def test_a_dump_does_not_mix_with_another(ask: Ask, tmp_path: Path) -> None:
     (tmp_path / "old.after_codegen.txt").touch()
-    with pytest.raises(ProblemsError, match="dump_dir=.*must be empty"):
+    with pytest.raises(ProblemsError, match=r"dump_dir=.*must be empty"):
         compile_program(ask(), tmp_path / "cache", dump_dir=tmp_path)
 
 

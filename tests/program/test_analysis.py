@@ -13,8 +13,8 @@ from tptrain.topology import CHIPS, parse_topology
 MESH = MeshPlaces(parse_topology("v5e-4"), {"fsdp": 2, "tensor": 2}, (0, 1, 2, 3))
 PRODUCT = 2 * 12 * 512 * 640
 KERNEL = (
-    '  %NAME_block_q_512.3 = (bf16[2,8,64,32]{3,2,1,0}) custom-call(%q, %q), custom_call_target="tpu_custom_call",'
-    ' metadata={op_name="jit(step)/NAME_block_q=512/pallas_call"}\n'
+    "  %NAME_block_q_512.3 = (bf16[2,8,64,32]{3,2,1,0}) custom-call(%q, %q),"
+    ' custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/NAME_block_q=512/pallas_call"}\n'
 )
 QUERY = "  %q = bf16[2,8,64,32]{3,2,1,0:T(8,128)(2,1)} bitcast(%param.4)\n"
 
