@@ -249,6 +249,19 @@ def test_an_unknown_flag_is_named(ask: Ask, tmp_path: Path) -> None:
     assert "knows no flag 'xla_tpu_no_such_flag'" in program.message
 
 
+def test_a_long_refusal_is_cut(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Pallas kernel lowered for a newer compiler is refused with the whole kernel printed."""
+    said = "INTERNAL: Failed to deserialize the Mosaic module: expected <= 7 but got 8" + "\nmodule" * 9999
+    result = {"error": "compile", "message": said}
+    code = f"import json, pathlib, sys; pathlib.Path(sys.argv[1]).write_text(json.dumps({result!r}))"
+    monkeypatch.setattr(
+        compiling, "_command", lambda work: [sys.executable, "-c", code, str(work / "result.json")]
+    )
+    program = compile_program(ask(), tmp_path)
+    assert program.outcome == "refused" and len(program.message) < 1000
+    assert "expected <= 7 but got 8" in program.message and program.message.endswith("...")
+
+
 def test_a_slice_that_libtpu_cannot_describe(
     ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from tptrain.program.device_groups import MeshPlaces
 from tptrain.program.hlo_text import HloTextError, Module, parse_module
 
 _GIB = 2**30
+_REASON_LENGTH = 800
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,9 @@ class Dump:
         """The compiler's refusal in short, where it is about the name of a flag."""
         unknown = re.search(r"No such compile option: '?([\w.]+)'?", message)
         if unknown is None:
-            return f"the compiler refuses the program: {message}"
+            # A whole module may be printed after the reason.
+            end = " ..." if len(message) > _REASON_LENGTH else ""
+            return f"the compiler refuses the program: {message[:_REASON_LENGTH].rstrip()}{end}"
         return f"this compiler knows no flag {unknown[1]!r}: remove it, or use a libtpu that has it"
 
     def _hbm_use(self, module: Module | None) -> HbmUse:
