@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.program.snippets import STEP
-from tptrain.program.analysis import ProgramCost, analyse
+from tptrain.program.analysis import ProgramCost, analyse, mfu
 from tptrain.program.device_groups import MeshPlaces
 from tptrain.program.hlo_text import parse_module
 from tptrain.topology import CHIPS, parse_topology
@@ -13,8 +13,8 @@ from tptrain.topology import CHIPS, parse_topology
 MESH = MeshPlaces(parse_topology("v5e-4"), {"fsdp": 2, "tensor": 2}, (0, 1, 2, 3))
 PRODUCT = 2 * 12 * 512 * 640
 KERNEL = (
-    '  %kernel = (bf16[2,8,64,32]{3,2,1,0}) custom-call(%q, %q), custom_call_target="tpu_custom_call",'
-    ' metadata={op_name="jit(step)/NAME_block_q=512/pallas_call"}\n'
+    "  %NAME_block_q_512.3 = (bf16[2,8,64,32]{3,2,1,0}) custom-call(%q, %q),"
+    ' custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/NAME_block_q=512/pallas_call"}\n'
 )
 QUERY = "  %q = bf16[2,8,64,32]{3,2,1,0:T(8,128)(2,1)} bitcast(%param.4)\n"
 
@@ -56,6 +56,11 @@ def test_the_score_is_the_sum_of_its_parts() -> None:
     exposed = (6 + 3) * 327_680 / 50e9 - 3 * 2e-6 + 3 * 12_288 / 50e9
     assert cost().exposed_seconds == pytest.approx(exposed)
     assert cost().score_seconds == pytest.approx(16_670 / 1.5e9 + exposed)
+
+
+def test_mfu() -> None:
+    score = cost().score_seconds
+    assert mfu(cost(), 1e9, MESH.topology) == pytest.approx(1e9 / (score * 4 * 197e12))
 
 
 def test_kernels_count_at_half_of_the_peak() -> None:

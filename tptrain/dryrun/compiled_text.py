@@ -13,6 +13,7 @@ from tptrain.program.device_groups import MeshPlaces
 from tptrain.program.hlo_text import HloTextError, Module, parse_module
 
 _GIB = 2**30
+_REASON_LENGTH = 800
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,9 @@ class Dump:
         try:
             module = parse_module(self._text("after_codegen.txt"))
             cost = analyse(module, self.mesh, self.attention_density)
-        except HloTextError as error:
-            return _noted(program, f"the text of the compiled program could not be read: {error}")
+        # libtpu's text is no stable format: whatever it does to a reader, the program did compile.
+        except (HloTextError, LookupError, ValueError, AssertionError) as error:
+            return _noted(program, f"the text of the compiled program could not be read: {error!r}")
         return replace(
             program,
             cost=cost,
@@ -64,7 +66,9 @@ class Dump:
         """The compiler's refusal in short, where it is about the name of a flag."""
         unknown = re.search(r"No such compile option: '?([\w.]+)'?", message)
         if unknown is None:
-            return f"the compiler refuses the program: {message}"
+            # A whole module may be printed after the reason.
+            end = " ..." if len(message) > _REASON_LENGTH else ""
+            return f"the compiler refuses the program: {message[:_REASON_LENGTH].rstrip()}{end}"
         return f"this compiler knows no flag {unknown[1]!r}: remove it, or use a libtpu that has it"
 
     def _hbm_use(self, module: Module | None) -> HbmUse:

@@ -19,7 +19,7 @@ import tptrain
 from tptrain.dryrun.compile_cache import CompileCache, default_cache_dir
 from tptrain.dryrun.compiled_text import Dump
 from tptrain.dryrun.libtpu import RUN_VERSION, Libtpu, installed_libtpu, libtpu_at
-from tptrain.errors import Problem, raise_if_any
+from tptrain.errors import Problem, raise_if_any, refuse
 from tptrain.program.compiled import CompiledProgram, Memory, Outcome
 from tptrain.program.device_groups import MeshPlaces
 from tptrain.topology import Topology
@@ -70,8 +70,11 @@ def compile_program(
     cache_dir: where outcomes are kept; the user's cache folder by default. dump_dir: an empty or new folder
     to leave XLA's dump in; the cache is then not asked, because it keeps no dump.
 
-    What the compiler does is returned, also when it crashes. Raises ProblemsError for a wrong path of libtpu.
+    What the compiler does is returned, also when it crashes. Raises ProblemsError for a wrong path.
     """
+    if dump_dir is not None and dump_dir.is_dir() and any(dump_dir.iterdir()):
+        rule = "must be empty, because all in it is read as the dump of this compile"
+        raise refuse("dump_dir", dump_dir, rule, "it has files", "a new folder")
     libtpu = libtpu_at(request.libtpu) if request.libtpu else installed_libtpu()
     if libtpu is None:
         fix = "no TPU compiler is installed: pip install 'tptrain[aot]', or name one with libtpu=PATH"
@@ -156,7 +159,11 @@ def _compiled_in(work: Path, dump: Path, request: CompileRequest, libtpu: Libtpu
 
 def _environment(request: CompileRequest, libtpu: Libtpu, dump: Path) -> dict[str, str]:
     """The child's environment: nothing that steers XLA or libtpu is taken over from the caller's."""
-    steering = ("XLA_", "LIBTPU_", "TPU_", "JAX_", "PJRT_", "CPU_NUM_DEVICES", "MEGASCALE_")
+    steering = (
+        *("XLA_", "LIBTPU_", "TPU_", "JAX_", "PJRT_", "CPU_NUM_DEVICES", "MEGASCALE_"),
+        # libtpu reads the slice's shape from these too, which a TPU VM may have in its environment.
+        *("WRAP", "ALT", "HOST_BOUNDS", "CHIPS_PER_HOST_BOUNDS"),
+    )
     env = {name: value for name, value in os.environ.items() if not name.startswith(steering)}
     root = str(Path(tptrain.__file__).parent.parent)
     return {

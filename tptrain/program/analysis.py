@@ -9,6 +9,7 @@ parts. An estimate, good for ranking programs under one libtpu and one set of fl
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from tptrain.program.device_groups import MeshPlaces
 from tptrain.program.flops import PALLAS_TARGET, custom_call_flops, matmul_flops
 from tptrain.program.hlo_text import Computation, Instruction, Module
 from tptrain.program.walk import Visit, Walk, fused_instructions
-from tptrain.topology import Chip
+from tptrain.topology import Chip, Topology
 
 # About what flash attention reaches on TPUs. With it, estimates came within -9 % to +6 % of the two published
 # step times of MaxText that could be checked.
@@ -97,6 +98,16 @@ def analyse(module: Module, mesh: MeshPlaces, attention_density: float) -> Progr
     unknown form.
     """
     return _Analysis(module, mesh, attention_density).cost()
+
+
+def mfu(cost: ProgramCost, model_flops: float, topology: Topology) -> float:
+    """Model FLOPs utilisation of a step as estimated: the model's own FLOPs over what the chips could do.
+
+    model_flops: of a whole step on all chips, recomputation left out (Chowdhery et al. 2022, appendix B).
+    """
+    peak = topology.chip.peak_bf16_flops_per_second
+    assert peak, f"{topology.name} has no peak"
+    return model_flops / (cost.score_seconds * peak * topology.num_devices)
 
 
 @dataclass
@@ -256,9 +267,10 @@ def _is_kernel(instruction: Instruction) -> bool:
 
 
 def _kernel_name(instruction: Instruction) -> str:
-    """The kernel's name without its block sizes: "splash_mha_dkv"."""
+    """The kernel's name without XLA's number and its block sizes: "splash_mha_dkv"."""
     path = [part for part in instruction.op_name.split("/") if part != "pallas_call"]
-    name = path[-1] if path else instruction.name
+    unnamed = instruction.name.startswith("custom-call") and path
+    name = path[-1] if unnamed else re.sub(r"(\.clone|\.\d+)+$", "", instruction.name)
     return name.split("_block_")[0]
 
 
