@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 from tools.bench import faults
@@ -12,13 +11,9 @@ WANTED = {"save": 2, "steps": 1, "restore": 1, "compile": 1, "export": 1}
 
 def test_a_killed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     """SIGKILL in every kind of phase, told from the journal; then steps, rows and weights are equal."""
-    total = faults.steps_for(WANTED)
-    reference, killed = tmp_path / "reference", tmp_path / "killed"
-    faults.finish(faults.start(reference, total), reference)
-    kills = faults.kill_run(killed, total, WANTED, random.Random(1))
-    assert all(kills[kind] >= count for kind, count in WANTED.items())
-    faults.finish(faults.start(killed, total), killed)
-    assert faults.differences(reference, killed, total) == []
+    found = faults.killed_runs(tmp_path, 12 * faults.SAVE_EVERY, WANTED, seed=1)
+    assert all(found.kills[kind] >= count for kind, count in WANTED.items())
+    assert found.runs > 0 and not found.problems
 
 
 def test_the_comparison_sees_a_difference(tmp_path: Path) -> None:

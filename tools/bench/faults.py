@@ -3,15 +3,17 @@
     python tools/bench/faults.py                          a few kills of each kind, under five minutes
     python tools/bench/faults.py --kills save=15,steps=15,restore=10,compile=5,export=5       by hand
 
-A reference run is trained without interruption. A second one is killed with SIGKILL: while it saves (copying,
+A reference run is trained without interruption. Another one is killed with SIGKILL: while it saves (copying,
 writing, publishing), between steps, while it restores, compiles or exports. The kind of a kill is read from
 the run's journal after the kill: one that came too early or too late counts as what it was, and another one
-follows. After every kill the same command goes on with resume=auto. At the end the two runs are compared:
-every step once, with the same loss, gradient norm, learning rate, tokens and rows, and the last checkpoint
-bit for bit. The last line is a JSON object:
+follows. After every kill the same command goes on with resume=auto. At its end the run is compared with the
+reference: every step once, with the same loss, gradient norm, learning rate, tokens and rows, and the last
+checkpoint bit for bit. When kills are still missing by then, another run begins. The last line is a JSON
+object:
 
 kills              kills by kind, and in all
-resumed_bit_exact  whether the run that was killed equals the reference in all of this
+runs               how many runs were killed again and again
+resumed_bit_exact  whether each of them equals the reference in all of this
 damages            ways in which the newest checkpoint was damaged
 damages_detected   how many were found, with the damaged file named
 fallbacks_ok       how many went on from the step before, bit-equal to what was saved
@@ -29,7 +31,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ KINDS = ("save", "steps", "restore", "compile", "export")
 DEFAULT_KILLS = "save=3,steps=2,restore=2,compile=1,export=1"
 SAVE_PHASES = ("save", "write", "commit")
 SAVE_EVERY = 8
+TOTAL_STEPS = 40 * SAVE_EVERY
 ROOT = Path(__file__).parents[2]
 
 # A run that has not come to where it is to be killed after this long has failed.
@@ -80,24 +83,46 @@ def kill_counts(text: str) -> dict[str, int]:
 def measure(folder: Path, wanted: Mapping[str, int], seed: int) -> dict[str, Any]:
     from tools.bench.damaging import damage_all
 
-    total = steps_for(wanted)
-    reference, killed = folder / "reference", folder / "killed"
-    finish(start(reference, total), reference)
-    kills = kill_run(killed, total, wanted, random.Random(seed))
-    finish(start(killed, total), killed)
-    problems = differences(reference, killed, total)
-    for problem in problems:
-        print("difference:", problem)
-    damages = damage_all(reference, command(reference, total)[4:])
-    return {"kills": {**kills, "all": sum(kills.values())}, "resumed_bit_exact": not problems, **damages}
+    result = killed_runs(folder, TOTAL_STEPS, wanted, seed)
+    damages = damage_all(folder / "reference", command(folder / "reference", TOTAL_STEPS)[4:])
+    counts = {**result.kills, "all": sum(result.kills.values())}
+    exact = not result.problems
+    return {"kills": counts, "runs": result.runs, "resumed_bit_exact": exact, **damages}
 
 
-def steps_for(wanted: Mapping[str, int]) -> int:
-    """Steps of a run that is long enough to be killed so often.
+@dataclass(frozen=True)
+class KilledRuns:
+    """How often which kind of kill came, in how many runs, and what these runs did otherwise."""
 
-    Each kill during a save or between steps leaves a published step more, seldom more than four.
+    kills: Mapping[str, int]
+    runs: int
+    problems: Sequence[str]
+
+
+def killed_runs(folder: Path, total: int, wanted: Mapping[str, int], seed: int) -> KilledRuns:
+    """Kill runs of `total` steps until every kind has come as often as wanted; compare each with another run.
+
+    That one is left alone, and stays in `folder / "reference"`.
     """
-    return SAVE_EVERY * (6 + 5 * (wanted.get("save", 0) + wanted.get("steps", 0)))
+    reference = folder / "reference"
+    finish(start(reference, total), reference)
+    kills: Counter[str] = Counter()
+    chance, problems, runs = random.Random(seed), list[str](), 0
+    while missing(kills, wanted):
+        runs += 1
+        killed = folder / f"killed-{runs}"
+        kill_run(killed, total, kills, wanted, chance)
+        finish(start(killed, total), killed)
+        found = [f"{killed.name}: {problem}" for problem in differences(reference, killed, total)]
+        print("\n".join([f"run {runs} ended, {sum(kills.values())} kills so far", *found]), flush=True)
+        problems += found
+        shutil.rmtree(killed)
+    return KilledRuns(kills, runs, problems)
+
+
+def missing(kills: Mapping[str, int], wanted: Mapping[str, int]) -> list[str]:
+    """The kinds that have not come as often as wanted."""
+    return [kind for kind in KINDS if kills.get(kind, 0) < wanted.get(kind, 0)]
 
 
 def command(run: Path, total: int) -> list[str]:
@@ -135,24 +160,22 @@ def finish(process: subprocess.Popen[str], run: Path) -> None:
         raise BenchError(f"{run.name} ended with {process.returncode}: {out[-1500:]}")
 
 
-def kill_run(run: Path, total: int, wanted: Mapping[str, int], chance: random.Random) -> dict[str, int]:
-    """Kill a run until every kind has come as often as wanted; returns how often each came."""
-    kills: Counter[str] = Counter()
-    export_last = [kind for kind in KINDS if kind != "export"]
-    while any(kills[kind] < wanted.get(kind, 0) for kind in KINDS):
-        open_kinds = [kind for kind in export_last if kills[kind] < wanted.get(kind, 0)]
-        target = chance.choice(open_kinds) if open_kinds else "export"
+def kill_run(
+    run: Path, total: int, kills: Counter[str], wanted: Mapping[str, int], chance: random.Random
+) -> None:
+    """Kill a run, counting by kind, until every kind has come as often as wanted or the run is at its end."""
+    while open_kinds := missing(kills, wanted):
+        target = chance.choice([kind for kind in open_kinds if kind != "export"] or ["export"])
         if target == "restore" and not (run / "checkpoints").exists():
             target = "steps"
         was = kill_once(run, total, target, chance)
         if was == "nothing":
             if target != "export":
-                raise BenchError(f"the run came to its end before it could be killed ({target})")
+                return
             shutil.rmtree(run / "export")  # it was finished too soon: have it written once more
             continue
         kills[was] += 1
         print(f"kill {sum(kills.values())}: aimed at {target}, was {was}", flush=True)
-    return dict(kills)
 
 
 def kill_once(run: Path, total: int, target: str, chance: random.Random) -> str:
