@@ -1,4 +1,4 @@
-"""Whole runs with each optimizer: resumed is uninterrupted, what may change, and what is saved and exported."""
+"""Whole runs with each optimizer: resumed is uninterrupted, what may change, what is saved and exported."""
 
 import shutil
 

@@ -52,10 +52,10 @@ def _unmatched(pattern: str, table: Sequence[ParamRow], names: Sequence[str]) ->
     if tied is not None:
         rule, other = "must match a weight of its own", f"{tied.name} is tied to {tied.tied_to}"
         return Problem(_SETTING, pattern, rule, other, str(tied.tied_to))
-    guess = nearest(pattern, names) or nearest(pattern, [_LAYER.sub(r"\1*\3", name) for name in names])
-    listed = ", ".join(sorted({_LAYER.sub(r"\1*\3", name) for name in names}))
+    known = sorted({_LAYER.sub(r"\1*\3", name) for name in names})
+    guess = nearest(pattern, known)
     fix = f"{guess} (did you mean it?)" if guess else "* or a pattern that matches one of them"
-    return Problem(_SETTING, pattern, "matches no weight of the model", f"weights: {listed}", fix)
+    return Problem(_SETTING, pattern, "matches no weight of the model", f"weights: {', '.join(known)}", fix)
 
 
 def _split_problems(patterns: Sequence[str], names: Sequence[str], period: int) -> list[Problem]:
