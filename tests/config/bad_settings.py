@@ -25,7 +25,8 @@ OVERRIDES = [
     ),
     BadInput(
         "initials",
-        "optim.lr", "1e-3", "not a known setting", "settings of optim: name, learning_rate,", "optim.learning_rate",
+        "optim.lr", "1e-3", "not a known setting", "settings of optim: name, learning_rate,",
+        "optim.learning_rate",
         ("optim.lr=1e-3",), mended=("optim.learning_rate=1e-3",),
     ),
     BadInput(
