@@ -6,7 +6,7 @@ a fresh model's 0.02, RoPE scaling or a wrong mask would hide in the rounding of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -29,6 +29,7 @@ from tptrain.config import (
     ScheduleSection,
 )
 from tptrain.config.planning import plan_recipe
+from tptrain.config.state_parts import PARAMS
 from tptrain.family import ParamRow
 from tptrain.mesh import shard_slices
 from tptrain.train.schedule import step_scalars
@@ -196,6 +197,7 @@ def small_plan(
     accumulation: int = 1,
     optim: Mapping[str, Any] | None = None,
     format: str = "float32",
+    trainable: Sequence[str] = ("*",),
 ) -> Plan:
     """The plan of a small run: ROWS rows of TOKENS tokens per micro-batch."""
     settings: dict[str, Any] = {"learning_rate": 2e-3, "weight_decay": 0.1, **(optim or {})}
@@ -203,7 +205,7 @@ def small_plan(
         name="small",
         topology="cpu-1" if backend == "torch" else topology,
         backend=backend,  # type: ignore[arg-type]
-        model=ModelSection(config=dict(config), tokenizer="train"),
+        model=ModelSection(config=dict(config), tokenizer="train", trainable=tuple(trainable)),
         data=DataSection(path="train.jsonl", seq_len=TOKENS, batch_rows=ROWS * accumulation),
         mesh=MeshSection(data=data, fsdp=fsdp, tensor=tensor),
         optim=OptimSection(accumulation=accumulation, **settings),
@@ -258,7 +260,7 @@ def whole(held: HostShards, axis_sizes: Mapping[str, int]) -> torch.Tensor:
     return full
 
 
-def whole_rows(backend: Backend, plan: Plan, buffers: Tensors) -> Tensors:
-    """Buffers of a backend as whole tensors in memory size, by row name."""
-    held = host_shards(backend, buffers)
+def whole_rows(backend: Backend, plan: Plan, buffers: Tensors, part: str = PARAMS) -> Tensors:
+    """Buffers of a part of the state as whole tensors in memory size, by row name."""
+    held = host_shards(backend, buffers, part)
     return {name: whole(shards, plan.mesh.axis_sizes) for name, shards in held.items()}

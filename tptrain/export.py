@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tptrain.ckpt.reading import StepReader, check_tree, readable
-from tptrain.ckpt.steps import PARAMS
+from tptrain.config.state_parts import PARAMS
 from tptrain.errors import raise_if_any, refuse
 from tptrain.family import ParamRow, facts_from_config, parameter_table, stored_rows
 from tptrain.hf_files import tokenizer_files

@@ -21,7 +21,6 @@ from tptrain.ckpt.restoring import Restored
 from tptrain.config import Plan
 from tptrain.family import stored_rows
 from tptrain.jaxside.process import setup_jax
-from tptrain.train.state import PARTS
 
 quiet_libraries()
 setup_jax(1)
@@ -34,7 +33,7 @@ def parts_of_step(plan: Plan, step: int) -> dict[str, Tensors]:
     generator = torch.Generator().manual_seed(step)
     return {
         part: {row.name: torch.randn(row.size, generator=generator) for row in stored_rows(plan.table)}
-        for part in PARTS
+        for part in plan.parts
     }
 
 
@@ -70,12 +69,12 @@ class Run:
             self.checkpointer.wait()
 
     def restore(self, step: int | None = None, unverified: bool = False) -> Restored:
-        return self.checkpointer.restore(step, PARTS, anything, unverified)
+        return self.checkpointer.restore(step, tuple(self.plan.parts), anything, unverified)
 
     def assert_is_step(self, restored: Restored, step: int) -> None:
         expected = parts_of_step(self.plan, step)
         assert restored.step == step and restored.run == {"step": step, "cursor": 8 * step}
-        for part in PARTS:
+        for part in self.plan.parts:
             assert set(restored.parts[part]) == set(expected[part])
             for name, tensor in restored.parts[part].items():
                 assert torch.equal(tensor, expected[part][name]), (part, name)

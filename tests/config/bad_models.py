@@ -221,6 +221,45 @@ MODELS = [
     ),
 ]  # fmt: skip
 
+# Which weights are trained.
+TRAINABLE = [
+    BadInput(
+        "pattern without a match",
+        "model.trainable", "model.layers.*.selfattn.q_proj.weight", "matches no weight of the model",
+        "weights: lm_head.weight, model.embed_tokens.weight, model.layers.*.input_layernorm.weight",
+        "model.layers.*.self_attn.q_proj.weight (did you mean it?)",
+        ("model.trainable=lm_head.weight,model.layers.*.selfattn.q_proj.weight",),
+        mended=("model.trainable=lm_head.weight,model.layers.*.self_attn.q_proj.weight",),
+    ),
+    BadInput(
+        "two patterns without a match",
+        "model.trainable", "zzz", "matches no weight of the model", "weights: lm_head.weight", "*",
+        ("model.trainable=zzz,lm_haed.weight",), mended=("model.trainable=*",), problems=2,
+    ),
+    BadInput(
+        "head that is tied",
+        "model.trainable", "lm_head.*", "must match a weight of its own",
+        "lm_head.weight is tied to model.embed_tokens.weight", "model.embed_tokens.weight",
+        ("model.config.tie_word_embeddings=true", "model.trainable=lm_head.*"),
+        mended=("model.config.tie_word_embeddings=true", "model.trainable=model.embed_tokens.weight"),
+    ),
+    BadInput(
+        "some layers of an array",
+        "model.trainable", "model.layers.2.self_attn.*,lm_head.weight",
+        "must take all layers of a weight or none", "not in every layer: model.layers.2.self_attn.q_proj",
+        "model.layers.*.self_attn.*,lm_head.weight, or backend=torch topology=cpu-1",
+        ("model.trainable=model.layers.2.self_attn.*,lm_head.weight",),
+        mended=("model.trainable=model.layers.*.self_attn.*,lm_head.weight",),
+    ),
+    BadInput(
+        "some layers by the end of their names",
+        "model.trainable", "*.1.mlp.up_proj.weight,model.norm.weight", "must take all layers of a weight",
+        "not in every layer: model.layers.1.mlp.up_proj.weight", "model.layers.*.mlp.up_proj.weight, or",
+        ("model.trainable=*.1.mlp.up_proj.weight,model.norm.weight",),
+        mended=("model.trainable=*.1.mlp.up_proj.weight", "backend=torch", "topology=cpu-1"),
+    ),
+]  # fmt: skip
+
 _HEADER = "from tptrain.config import *\n"
 
 # Recipe scripts.

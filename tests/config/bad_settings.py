@@ -25,7 +25,8 @@ OVERRIDES = [
     ),
     BadInput(
         "initials",
-        "optim.lr", "1e-3", "not a known setting", "settings of optim: learning_rate,", "optim.learning_rate",
+        "optim.lr", "1e-3", "not a known setting", "settings of optim: name, learning_rate,",
+        "optim.learning_rate",
         ("optim.lr=1e-3",), mended=("optim.learning_rate=1e-3",),
     ),
     BadInput(
@@ -252,6 +253,25 @@ RECIPES = [
         "precision.master=float64",
         ("precision.compute=float64", "backend=torch", "topology=cpu-1"),
         mended=("precision.compute=float32", "backend=torch", "topology=cpu-1"),
+    ),
+    BadInput(
+        "second moment that bfloat16 cannot follow",
+        "optim.beta2", 0.999, "must be at most 0.996 for moments in bfloat16", "optim.moments_dtype=bfloat16",
+        "0.996, or optim.moments_dtype=float32",
+        ("optim.beta2=0.999", "optim.moments_dtype=bfloat16"),
+        mended=("optim.beta2=0.996", "optim.moments_dtype=bfloat16"),
+    ),
+    BadInput(
+        "momentum that bfloat16 cannot follow",
+        "optim.momentum", 0.998, "must be at most 0.996 for moments in bfloat16",
+        "optim.moments_dtype=bfloat16", "0.996, or optim.moments_dtype=float32",
+        ("optim.name=adafactor", "optim.momentum=0.998", "optim.moments_dtype=bfloat16"),
+        mended=("optim.name=adafactor", "optim.momentum=0.998"),
+    ),
+    BadInput(
+        "misspelled optimizer",
+        "optim.name", "adafacter", "must be one of its choices", "choices: adamw, adafactor", "adafactor",
+        ("optim.name=adafacter",), mended=("optim.name=adafactor",),
     ),
     BadInput(
         "rows longer than the model's positions",

@@ -70,6 +70,7 @@ def test_lines_fit_100_columns(page: str) -> None:
         ("export.enabled", "true or false"),
         ("model.config", "fields or text"),
         ("data.subset", "text or none"),
+        ("model.trainable", "texts separated by commas"),
     ],
 )
 def test_types_in_words(path: str, kind: str) -> None:
@@ -78,7 +79,15 @@ def test_types_in_words(path: str, kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "none"), (True, "true"), (2e-5, "2e-05"), (0.123456789, "0.123456789"), (5.0, "5"), (-1, "-1")],
+    [
+        (None, "none"),
+        (True, "true"),
+        (2e-5, "2e-05"),
+        (0.123456789, "0.123456789"),
+        (5.0, "5"),
+        (-1, "-1"),
+        (("a.*", "b"), "a.*,b"),
+    ],
 )
 def test_values_as_they_are_typed(value: object, text: str) -> None:
     assert shown(value) == text

@@ -33,6 +33,8 @@ from tptrain.errors import ProblemsError
         ("resume=120", "120"),
         ("name=7", "7"),
         ("model.config=some/config.json", "some/config.json"),
+        ("model.trainable=model.norm.weight", ("model.norm.weight",)),
+        ("model.trainable=model.layers.*.mlp.*, lm_head.weight", ("model.layers.*.mlp.*", "lm_head.weight")),
     ],
 )
 def test_values_are_typed_by_the_schema(arg: str, value: object) -> None:

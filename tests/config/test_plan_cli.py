@@ -19,7 +19,7 @@ from tptrain.config import Plan, Recipe
 from tptrain.config.overrides import apply_overrides
 from tptrain.config.planning import plan_recipe
 from tptrain.config.recipe_file import load_recipe
-from tptrain.report.plan_page import bytes_text, plan_json, plan_page, spec_text
+from tptrain.report.plan_page import bytes_text, num_parameters, plan_json, plan_page, spec_text
 from tptrain.train.preemption import Preemption
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,6 +89,39 @@ def test_page_says_the_derived_numbers() -> None:
     assert "lm_head.weight is tied to model.embed_tokens.weight." in plan_page(
         _tiny_plan("model.config.tie_word_embeddings=true")
     )
+
+
+def test_page_says_what_is_trained_and_what_it_takes() -> None:
+    page = plan_page(_tiny_plan("model.trainable=model.layers.*.mlp.*", "optim.moments_dtype=bfloat16"))
+    # 4 layers of three matrices of 352 x 128, over 8 devices: in float32, and twice in bfloat16.
+    trained, total = 4 * 3 * 352 * 128, num_parameters(_tiny_plan())
+    share = f"{100 * trained / total:.3g}"
+    assert f"Trained: {trained:,} parameters in float32 ({share} %; {total - trained:,} are frozen" in page
+    norms = 9 * 128
+    weights = 4 * trained // 8 + 2 * ((total - trained - norms) // 8 + norms)
+    sizes = [bytes_text(n) for n in (weights + 4 * trained // 8, weights, trained // 4, trained // 4)]
+    assert "State per device: {} (params {}, mu {}, nu {}; without".format(*sizes) in page
+    assert "Trained: all parameters in float32 by adafactor." in plan_page(_tiny_plan("optim.name=adafactor"))
+    lines = {line.split("  ")[0]: line for line in page.splitlines()}
+    assert "model.norm.weight (frozen)" in lines and "model.layers.{0..3}.mlp.up_proj.weight" in lines
+
+
+def test_json_has_the_bytes_of_every_part() -> None:
+    parts = plan_json(_tiny_plan("optim.name=adafactor", "optim.momentum=0.5"))[
+        "state_parts_bytes_per_device"
+    ]
+    assert list(parts) == ["params", "mu", "nu", "nu_row", "nu_col"]
+    assert parts["mu"] == parts["params"] and parts["nu"] == 9 * 128 * 4
+    plan = _tiny_plan("optim.name=adafactor")
+    rows = {row.name: row for row in plan.parts["nu_row"].rows}
+    down, up = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("down", "up"))
+    assert (rows[up].size, rows[up].dims, plan.parts["nu_row"].specs[up]) == (
+        (352,),
+        ("mlp",),
+        (("tensor",),),
+    )
+    assert (rows[down].size, plan.parts["nu_row"].specs[down]) == ((128,), (("fsdp",),))
+    assert plan.parts["nu_col"].specs[up] == plan.parts["nu_row"].specs[down]
 
 
 def test_page_collapses_the_layers() -> None:

@@ -160,6 +160,13 @@ def test_output_paths(overrides: tuple[str, ...], output: str, export: str | Non
         ("save.keep_every=7", "save.every_steps=10", "no effect with save.every_steps=10 and schedule.max_s"),
         ("eval.every_steps=7", "eval.problems=0", "no effect with eval.problems=0"),
         ("unverified=true", "resume=never", "no effect with resume=never"),
+        ("optim.momentum=0.9", "optim.name=adamw", "no effect with optim.name=adamw"),
+        ("optim.scale_parameter=true", "optim.name=adamw", "no effect with optim.name=adamw"),
+        ("optim.beta2=0.99", "optim.name=adafactor", "no effect with optim.name=adafactor"),
+        (
+            *("optim.moments_dtype=bfloat16", "optim.name=adafactor"),
+            "no effect with optim.name=adafactor and optim.momentum=0",
+        ),
     ],
 )
 def test_settings_without_effect_are_stated(override: str, beside: str, notice: str) -> None:

@@ -24,13 +24,13 @@ from tptrain.ckpt.bridge import JaxSource, to_jax
 from tptrain.ckpt.checkpointer import Checkpointer
 from tptrain.ckpt.reading import StepReader
 from tptrain.ckpt.restoring import restore_part
-from tptrain.ckpt.steps import PARAMS, find_step, saved_steps
+from tptrain.ckpt.steps import find_step, saved_steps
 from tptrain.config import Plan
+from tptrain.config.state_parts import PARAMS
 from tptrain.errors import ProblemsError
 from tptrain.family import ParamRow, stored_rows
 from tptrain.jaxside.specs import jax_mesh
 from tptrain.mesh import shard_slices
-from tptrain.train.state import PARTS
 
 PERMUTED = (5, 2, 7, 0, 3, 6, 1, 4)
 IDENTITY = tuple(range(8))
@@ -58,7 +58,7 @@ def random_parts(plan: Plan, seed: int = 0) -> dict[str, Tensors]:
     generator = torch.Generator().manual_seed(seed)
     return {
         part: {row.name: torch.randn(row.size, generator=generator) + 5 for row in stored_rows(plan.table)}
-        for part in PARTS
+        for part in plan.parts
     }
 
 
@@ -117,9 +117,9 @@ def test_every_mesh_restores_the_same_bits(
     backend = XlaBackend(plan, order)
     close.append(checkpointer := Checkpointer(plan, backend, saved.folder))
     assert saved_steps(saved.folder) == [STEP]
-    restored = checkpointer.restore(STEP, PARTS, anything)
+    restored = checkpointer.restore(STEP, tuple(plan.parts), anything)
     assert restored.run == RUN
-    for part in PARTS:
+    for part in plan.parts:
         buffers = restored.parts[part]
         assert set(buffers) == set(backend.layout.buffers)
         assert_holds(small.whole_rows(backend, plan, buffers), saved.expected[part], plan.padded_vocab)
@@ -131,11 +131,11 @@ from pathlib import Path
 from tests import small
 from tptrain.backends.torch_backend import TorchBackend
 from tptrain.ckpt.checkpointer import Checkpointer
-from tptrain.train.state import PARTS
 
 folder, step, file = sys.argv[1:]
 plan = small.torch_plan()
-restored = Checkpointer(plan, TorchBackend(plan), Path(folder)).restore(int(step), PARTS, lambda run: None)
+reader = Checkpointer(plan, TorchBackend(plan), Path(folder))
+restored = reader.restore(int(step), tuple(plan.parts), lambda run: None)
 names = {f"{part}/{name}": tensor for part, rows in restored.parts.items() for name, tensor in rows.items()}
 expected = np.load(file)
 assert set(names) == set(expected)
@@ -231,7 +231,7 @@ def test_steps_go_on_while_a_save_is_written(tmp_path: Path, close: list[Checkpo
     specs = {name: backend.layout.buffers[name.split("/")[1]].spec for name in state}
     step = backend.compile_step(add_one, state, inputs, specs)
     close.append(checkpointer := Checkpointer(plan, backend, tmp_path / "checkpoints"))
-    parts: dict[str, Tensors] = {part: {} for part in PARTS}
+    parts: dict[str, Tensors] = {part: {} for part in plan.parts}
     for name, tensor in state.items():
         part, _, buffer = name.partition("/")
         parts[part][buffer] = tensor
@@ -243,7 +243,7 @@ def test_steps_go_on_while_a_save_is_written(tmp_path: Path, close: list[Checkpo
     norm = small.whole_rows(backend, plan, {"model.norm.weight": state["params/model.norm.weight"]})
     moved = norm["model.norm.weight"] - expected["params"]["model.norm.weight"]
     assert torch.allclose(moved, torch.full_like(moved, 20.0), atol=1e-3), "the steps did run"
-    for part, buffers in checkpointer.restore(1, PARTS, anything).parts.items():
+    for part, buffers in checkpointer.restore(1, tuple(plan.parts), anything).parts.items():
         assert_holds(small.whole_rows(backend, plan, buffers), expected[part], plan.padded_vocab)
 
 
@@ -257,7 +257,7 @@ def test_a_step_of_another_model_is_refused_with_every_difference(
     plan = small.small_plan(2, 4, config=config)
     close.append(checkpointer := Checkpointer(plan, XlaBackend(plan, IDENTITY), saved.folder))
     with pytest.raises(ProblemsError) as error:
-        checkpointer.restore(STEP, PARTS, anything)
+        checkpointer.restore(STEP, tuple(plan.parts), anything)
     theirs = {name: f"{list(t.shape)} float32" for name, t in saved.expected[PARAMS].items()}
     ours = {row.name: f"{list(row.size)} float32" for row in stored_rows(plan.table)}
     different = {name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name)}
@@ -265,7 +265,7 @@ def test_a_step_of_another_model_is_refused_with_every_difference(
     problems = {problem.rule.split()[0].removeprefix("params/"): problem for problem in error.value.problems}
     problems = {name: problem for name, problem in problems.items() if "/" not in name}
     assert set(problems) == different
-    assert len(error.value.problems) == len(PARTS) * len(different)
+    assert len(error.value.problems) == len(plan.parts) * len(different)
     for name, problem in problems.items():
         assert problem.setting == "resume" and problem.value == saved.step_folder
         assert f"must be {ours.get(name, 'nothing')} " in problem.rule
@@ -276,7 +276,7 @@ def test_a_step_that_was_never_saved_is_refused(saved: Saved, close: list[Checkp
     plan = small.small_plan(2, 4)
     close.append(checkpointer := Checkpointer(plan, XlaBackend(plan, IDENTITY), saved.folder))
     with pytest.raises(ProblemsError, match=r"resume=8: must be a step that was saved \(.*: 7\)"):
-        checkpointer.restore(8, PARTS, anything)
+        checkpointer.restore(8, tuple(plan.parts), anything)
 
 
 # The bridge, on bfloat16, which numpy does not know.

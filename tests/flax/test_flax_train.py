@@ -19,6 +19,7 @@ from tests import small
 from tests.flax.oracle import CONFIGS, flax_decoder, params_of, relative, weights_of
 from tptrain.backends.torch_backend import TorchBackend
 from tptrain.config import OptimSection, Plan
+from tptrain.errors import ProblemsError
 from tptrain.family import parameter_table, stored_rows
 from tptrain.jaxside import flax_layers
 from tptrain.jaxside.flax_decoder import FlaxDecoder, loss
@@ -162,6 +163,14 @@ def test_only_matrices_decay_in_a_state_and_in_a_flat_dict() -> None:
         old, new = params[row.name], decoder.params()[row.name]
         assert relative(new, old * (1 - 0.01 * 0.5) if row.decay else old) <= 1e-7, row.name
         assert jnp.array_equal(old + updates[row.name], new), row.name
+
+
+@pytest.mark.parametrize(
+    "optim", [OptimSection(name="adafactor"), OptimSection(moments_dtype="bfloat16")], ids=["name", "dtype"]
+)
+def test_what_optax_would_do_otherwise_is_refused(optim: OptimSection) -> None:
+    with pytest.raises(ProblemsError, match="has no counterpart in the Flax loop"):
+        make_optimizer(optim, 1e-3, PLAN.facts)
 
 
 def test_an_updated_model_survives_orbax(tmp_path: Path) -> None:

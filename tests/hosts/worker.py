@@ -25,11 +25,11 @@ from tptrain.backends.shards import read_buffer_shards
 from tptrain.ckpt.checkpointer import Checkpointer
 from tptrain.ckpt.policies import KeepLast
 from tptrain.config import Plan
+from tptrain.config.state_parts import PARAMS
 from tptrain.errors import TptrainError
 from tptrain.family import stored_rows
 from tptrain.jaxside.hosts import barrier, join_hosts
 from tptrain.mesh import shard_slices
-from tptrain.train.state import PARTS
 
 
 @dataclass
@@ -48,11 +48,12 @@ class HostBackend:
 
     def __init__(self, plan: Plan, local_positions: tuple[int, ...]):
         self.plan, self.local_positions = plan, local_positions
-        self.layout = Layout.stacked(plan.table, plan.specs, 1)
+        parts = plan.parts.values()
+        self.layouts = {part.name: Layout.stacked(part.rows, part.specs, 1) for part in parts}
 
-    def place(self, source: TensorSource) -> Any:
+    def place(self, source: TensorSource, part: str = PARAMS) -> Any:
         placed = {}
-        for name, buffer in self.layout.buffers.items():
+        for name, buffer in self.layouts[part].buffers.items():
             slices = shard_slices(buffer.rows[0].padded_size, buffer.row_spec, self.plan.mesh.axis_sizes)
             mine = {position: slices[position] for position in self.local_positions}
             placed[name] = HeldBuffer(read_buffer_shards(buffer, mine, source))
@@ -70,13 +71,13 @@ def expected_parts(plan: Plan, step: int) -> dict[str, Tensors]:
     generator = torch.Generator().manual_seed(step)
     return {
         part: {row.name: torch.randn(row.size, generator=generator) for row in stored_rows(plan.table)}
-        for part in PARTS
+        for part in plan.parts
     }
 
 
 def same(backend: HostBackend, parts: Mapping[str, Any], expected: Mapping[str, Tensors]) -> bool:
     """Whether the shards that this process holds are those of the expected tensors, bit for bit."""
-    for part in PARTS:
+    for part in backend.plan.parts:
         theirs = backend.place(small.DictSource(expected[part]))
         for name, held in parts[part].items():
             for position, shard in held.shards.items():
@@ -110,7 +111,7 @@ def main() -> None:
         ]
         print("saved", json.dumps(sorted(wrote)), flush=True)
     else:
-        restored = checkpointer.restore(None, PARTS, lambda run: None)
+        restored = checkpointer.restore(None, tuple(plan.parts), lambda run: None)
         right = same(backend, restored.parts, expected_parts(plan, restored.step))
         print("restored", json.dumps([restored.step, right, restored.run["cursor"], lines]), flush=True)
     barrier("done")

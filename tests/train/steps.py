@@ -11,9 +11,7 @@ import torch
 from tptrain.ckpt.reading import StepSource
 from tptrain.ckpt.steps import saved_steps
 from tptrain.config.plan import Plan
-from tptrain.family import stored_rows
 from tptrain.train.journal import read_journal
-from tptrain.train.state import PARTS
 
 
 def journal_values(run: Path) -> list[dict[str, Any]]:
@@ -34,9 +32,9 @@ def published(run: Path) -> list[int]:
 
 def assert_same_state(plan: Plan, one: Path, other: Path) -> None:
     """Two steps hold the same weights and moments, bit for bit."""
-    for part in PARTS:
+    for part, described in plan.parts.items():
         left, right = StepSource(one / part), StepSource(other / part)
-        for row in stored_rows(plan.table):
+        for row in described.rows:
             whole = tuple(slice(0, n) for n in row.size)
             values = left.read(row, whole)
             assert values.count_nonzero(), f"{part}/{row.name} is all zeros and compares nothing"

@@ -11,7 +11,10 @@ from tptrain.train.continuation import MEANINGS, Change, continuation, continuat
 from tptrain.train.saving import run_item
 
 DIGEST = "0123"
-REFUSED = {"model.pretrained", "model.tokenizer", "precision.compute", "precision.master", "seed"}
+REFUSED = {
+    *("model.pretrained", "model.tokenizer", "model.trainable", "optim.name", "optim.momentum"),
+    *("precision.compute", "precision.master", "seed"),
+}
 
 
 @pytest.fixture

@@ -26,7 +26,6 @@ from tptrain.config import (
     ScheduleSection,
 )
 from tptrain.config.planning import plan_recipe
-from tptrain.train.state import PARTS
 from tptrain.weights import RandomSource
 
 DEVICES = 8
@@ -67,12 +66,15 @@ class OurSide:
     def __init__(self, folder: Path, gb: float):
         self.plan, self.folder = bench_plan(gb), folder
         self.backend = make_backend(self.plan)
-        self.parts = {part: self.backend.place(RandomSource(seed, 0.02)) for seed, part in enumerate(PARTS)}
+        self.parts = {
+            part: self.backend.place(RandomSource(seed, 0.02), part)
+            for seed, part in enumerate(self.plan.parts)
+        }
         self.backend.sync()
         self._checkpointer = Checkpointer(self.plan, self.backend, folder, keep=[KeepLast(100)], say=_fail)
         self.copy_seconds = 0.0
         self.num_bytes = sum(t.nbytes for tensors in self.parts.values() for t in tensors.values())
-        self.num_arrays = len(PARTS) * sum(len(b.rows) for b in self.backend.layout.buffers.values())
+        self.num_arrays = sum(len(part.rows) for part in self.plan.parts.values())
         self.mesh = "x".join(str(n) for n in self.plan.mesh.axis_sizes.values() if n > 1)
 
     def copy(self) -> None:
@@ -113,9 +115,11 @@ class OurSide:
         hidden = manifest.with_suffix(".hidden")
         if not verify:
             os.rename(manifest, hidden)
-        restored = self._checkpointer.restore(step, PARTS, lambda run: None, unverified=not verify)
+        restored = self._checkpointer.restore(
+            step, tuple(self.plan.parts), lambda run: None, unverified=not verify
+        )
         self.backend.sync()
-        assert set(restored.parts) == set(PARTS)
+        assert set(restored.parts) == set(self.plan.parts)
         if not verify:
             os.rename(hidden, manifest)
 

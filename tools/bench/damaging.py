@@ -17,7 +17,6 @@ from tptrain.ckpt.steps import saved_steps
 from tptrain.config.overrides import apply_overrides
 from tptrain.config.planning import plan_recipe
 from tptrain.config.recipe_file import load_recipe
-from tptrain.train.state import PARTS
 
 
 def damage_all(run: Path, arguments: Sequence[str]) -> dict[str, Any]:
@@ -41,7 +40,7 @@ def damage_all(run: Path, arguments: Sequence[str]) -> dict[str, Any]:
         back = restored(plan, backend, folder, None, lines)
         named = any(file in line for line in lines)
         equal = back.step == int(older) and all(
-            torch.equal(back.parts[part][n], t) for part in PARTS for n, t in expected[part].items()
+            torch.equal(back.parts[part][n], t) for part in plan.parts for n, t in expected[part].items()
         )
         found, fallbacks = found + named, fallbacks + equal
         if not (named and equal):
@@ -52,4 +51,4 @@ def damage_all(run: Path, arguments: Sequence[str]) -> dict[str, Any]:
 
 def restored(plan: Any, backend: Any, folder: Path, step: int | None, lines: list[str]) -> Any:
     checkpointer = Checkpointer(plan, backend, folder, say=lines.append)
-    return checkpointer.restore(step, PARTS, lambda run: None)
+    return checkpointer.restore(step, tuple(plan.parts), lambda run: None)

@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
+from tptrain.config.state_parts import PARAMS
 from tptrain.family.table import ParamRow, stored_rows
 from tptrain.mesh import Spec
 from tptrain.models.decoder import Decoder
@@ -58,6 +59,10 @@ class Buffer:
     @property
     def decay(self) -> bool:
         return self.rows[0].decay
+
+    @property
+    def trainable(self) -> bool:
+        return self.rows[0].trainable
 
     @property
     def dtype(self) -> torch.dtype:
@@ -169,7 +174,10 @@ class TracedStep:
 class Backend(Protocol):
     """Devices, buffers and compiled functions behind one interface."""
 
+    # Of the weights, and of every part of the state by its name (`Plan.parts`), the weights included. The
+    # buffers of a part are named like the weights they belong to.
     layout: Layout
+    layouts: dict[str, Layout]
     # Whether the devices compute while the host does other things (chips do, virtual CPU devices do not).
     works_beside_host: bool
     # Mesh positions (row-major over AXES) of this process's devices.
@@ -179,12 +187,12 @@ class Backend(Protocol):
         """The model as this backend runs it; its parameters carry the names of the layout's buffers."""
         ...
 
-    def place(self, source: TensorSource) -> Tensors:
-        """Read every buffer from `source`, each device's slice onto that device."""
+    def place(self, source: TensorSource, part: str = PARAMS) -> Tensors:
+        """Read every buffer of a part of the state from `source`, each device's slice onto that device."""
         ...
 
-    def zeros(self) -> Tensors:
-        """A zero buffer beside each parameter buffer, split alike (optimizer state)."""
+    def zeros(self, part: str) -> Tensors:
+        """Zeros for every buffer of a part of the state."""
         ...
 
     def put_batch(self, batch: Mapping[str, Any]) -> Tensors:

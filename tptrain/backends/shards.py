@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from tptrain.backends.base import Backend, Buffer, HostShards, InPlaceSource, Tensors, TensorSource
+from tptrain.config.state_parts import PARAMS
 from tptrain.family import ParamRow
 
 Slices = tuple[slice, ...]
@@ -66,10 +67,11 @@ def split_rows(buffer: Buffer, shards: Mapping[int, torch.Tensor]) -> dict[str, 
     }
 
 
-def host_shards(backend: Backend, tensors: Tensors) -> dict[str, HostShards]:
-    """Buffers -> rows by table name, as host copies of the shards that this process holds."""
+def host_shards(backend: Backend, tensors: Tensors, part: str = PARAMS) -> dict[str, HostShards]:
+    """Buffers of a part of the state -> its rows, as host copies of the shards that this process holds."""
     backend.sync()
+    buffers = backend.layouts[part].buffers
     rows: dict[str, HostShards] = {}
     for name, shards in backend.fetch_shards(tensors).items():
-        rows |= split_rows(backend.layout.buffers[name], {p: piece.clone() for p, piece in shards.items()})
+        rows |= split_rows(buffers[name], {p: piece.clone() for p, piece in shards.items()})
     return rows

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from tptrain.backends.base import TORCH_DTYPES, Layout, StepFunction, Tensors, TensorSource
 from tptrain.backends.shards import read_buffer_shards
 from tptrain.config.plan import Plan
+from tptrain.config.state_parts import PARAMS
 from tptrain.mesh import Spec
 from tptrain.models.attention import KVCache
 from tptrain.models.decoder import Decoder, LayerContext, LayerList
@@ -57,7 +58,8 @@ class TorchBackend:
         self.plan = plan
         self.works_beside_host = False
         self.local_positions: tuple[int, ...] = (0,)
-        self.layout = Layout.plain(plan.table, plan.specs)
+        self.layouts = {part.name: Layout.plain(part.rows, part.specs) for part in plan.parts.values()}
+        self.layout = self.layouts[PARAMS]
 
     def decoder(self) -> Decoder:
         with torch.device("meta"):
@@ -67,15 +69,15 @@ class TorchBackend:
             decoder.model.layers = CheckpointedLayers(decoder.model.layers)
         return decoder
 
-    def place(self, source: TensorSource) -> Tensors:
+    def place(self, source: TensorSource, part: str = PARAMS) -> Tensors:
         placed = {}
-        for name, buffer in self.layout.buffers.items():
+        for name, buffer in self.layouts[part].buffers.items():
             whole = tuple(slice(0, n) for n in buffer.shape)
             placed[name] = read_buffer_shards(buffer, {0: whole}, source)[0]
         return placed
 
-    def zeros(self) -> Tensors:
-        return {name: torch.zeros(b.shape, dtype=b.dtype) for name, b in self.layout.buffers.items()}
+    def zeros(self, part: str) -> Tensors:
+        return {name: torch.zeros(b.shape, dtype=b.dtype) for name, b in self.layouts[part].buffers.items()}
 
     def put_batch(self, batch: Mapping[str, Any]) -> Tensors:
         return {name: torch.from_numpy(np.asarray(array)) for name, array in batch.items()}

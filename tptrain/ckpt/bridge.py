@@ -18,21 +18,22 @@ from tptrain.backends.base import Backend, HostShards, Tensors
 from tptrain.backends.shards import Slices, host_shards
 from tptrain.ckpt.arrays import to_numpy, to_torch
 from tptrain.config.plan import Plan
-from tptrain.family import ParamRow, stored_rows
+from tptrain.config.state_parts import PARAMS
+from tptrain.family import ParamRow
 from tptrain.jaxside.specs import jax_mesh, named_sharding
 from tptrain.mesh import Spec, shard_slices
 
 AxisSizes = Mapping[str, int]
 
 
-def live_arrays(plan: Plan, backend: Backend, buffers: Tensors) -> dict[str, jax.Array]:
-    """Buffers on the devices, as they are now, as jax.Arrays by row name on JAX's CPU devices.
+def live_arrays(plan: Plan, backend: Backend, buffers: Tensors, part: str = PARAMS) -> dict[str, jax.Array]:
+    """Buffers of a part of the state, as they are now, as jax.Arrays by row name on JAX's CPU devices.
 
     The same mesh and specs as in the plan; for a run of one process.
     """
     mesh, sizes = jax_mesh(plan.mesh), plan.mesh.axis_sizes
-    rows = {row.name: row for row in stored_rows(plan.table)}
-    held = host_shards(backend, buffers)
+    rows = {row.name: row for row in plan.parts[part].rows}
+    held = host_shards(backend, buffers, part)
     return {name: to_jax(rows[name], shards, mesh, sizes) for name, shards in held.items()}
 
 

@@ -15,7 +15,8 @@ from tptrain.backends.base import TORCH_DTYPES, TensorSource
 from tptrain.ckpt.arrays import chunk_shape, to_numpy
 from tptrain.ckpt.host_array import HostArray, Pieces, array_item_handler
 from tptrain.ckpt.publishing import publish
-from tptrain.ckpt.steps import PARAMS, RUN
+from tptrain.ckpt.steps import RUN
+from tptrain.config.state_parts import PARAMS
 from tptrain.family import ParamRow, stored_rows
 
 # How tensorstore marks an error of the system in its message.

@@ -25,7 +25,8 @@ from tptrain.ckpt.digests import (
     read_manifest,
 )
 from tptrain.ckpt.plain_chunks import ChunkDamage, plain_array
-from tptrain.ckpt.steps import PARAMS, RUN
+from tptrain.ckpt.steps import RUN
+from tptrain.config.state_parts import PARAMS
 from tptrain.errors import Problem, ProblemsError, refuse
 from tptrain.family import ParamRow
 from tptrain.family.table import DTYPE_BYTES

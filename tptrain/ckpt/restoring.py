@@ -22,8 +22,8 @@ from tptrain.ckpt.digests import (
 from tptrain.ckpt.reading import StepSource, check_tree, describe, read_run
 from tptrain.ckpt.steps import saved_steps, set_aside
 from tptrain.config.plan import Plan
-from tptrain.errors import Problem, ProblemsError, refuse
-from tptrain.family import stored_rows
+from tptrain.config.state_parts import PARAMS
+from tptrain.errors import Problem, raise_if_any, refuse
 from tptrain.jaxside.hosts import barrier, first_text, is_primary, process_count, process_index
 
 Accept = Callable[[Mapping[str, Any]], None]
@@ -142,12 +142,7 @@ def _restore(
     manifest = _manifest(step_folder, unverified)
     run = read_run(step_folder)
     accept(run)
-    rows = {row.name: row for row in stored_rows(plan.table)}
-    problems: list[Problem] = []
-    for part in parts:
-        problems += check_tree(step_folder / part, rows, setting)
-    if problems:
-        raise ProblemsError(problems)
+    raise_if_any(_tree_problems(plan, step_folder, parts, setting))
     items = tuple(f"{part}/" for part in parts)
     files = manifest.files if manifest else ()
     paths = sorted(path for path in files if path.startswith(items) and is_chunk(path))
@@ -156,11 +151,31 @@ def _restore(
     placed: dict[str, Tensors] = {}
     try:
         for part in parts:
-            placed[part] = backend.place(StepSource(step_folder / part))
+            placed[part] = backend.place(StepSource(step_folder / part), part)
     except (OSError, ValueError) as error:  # what tensorstore raises for files it cannot read
         failure = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     _raise_damage(check.result(), failure)
     return Restored(int(run["step"]), placed, run)
+
+
+def _tree_problems(plan: Plan, step_folder: Path, parts: Sequence[str], setting: str) -> list[Problem]:
+    """Items that are missing and arrays that do not fit; no values are read.
+
+    Moments are cast to the dtype that the plan has for them. Weights are, where a run begins with those of a
+    step; one that goes on has to find its own.
+    """
+    missing = [part for part in parts if not (step_folder / part).is_dir()]
+    if missing:
+        found = sorted(path.name for path in step_folder.iterdir() if path.is_dir())
+        rule = f"must hold what optim.name={plan.recipe.optim.name} keeps: {', '.join(missing)}"
+        fix = "the optimizer it was saved with, or a new run with model.pretrained=STEP for its weights alone"
+        return [Problem(setting, step_folder, rule, f"it holds {', '.join(found)}", fix)]
+    problems: list[Problem] = []
+    for part in parts:
+        rows = {row.name: row for row in plan.parts[part].rows}
+        any_float = part != PARAMS or tuple(parts) == (PARAMS,)
+        problems += check_tree(step_folder / part, rows, setting, any_float)
+    return problems
 
 
 def _manifest(step_folder: Path, unverified: bool) -> Manifest | None:

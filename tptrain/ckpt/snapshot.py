@@ -68,6 +68,36 @@ def row_chunks(row: ParamRow, spec: Spec, axis_sizes: AxisSizes, itemsize: int) 
     return chunk_shape([s.stop - s.start for s in first], row.padded_size, itemsize)
 
 
+class _BufferCopy:
+    """Host memory for the pieces of one buffer that this process writes."""
+
+    def __init__(self, buffer: Buffer, axis_sizes: AxisSizes, local_positions: Sequence[int]):
+        self.buffer = buffer
+        self._pieces = owned_pieces(buffer, axis_sizes, local_positions)
+        self._leading = (len(buffer.rows),) if buffer.stacked else ()
+        shapes = [[s.stop - s.start for s in piece.where] for piece in self._pieces]
+        # One tensor per owned piece: [layers, ...] of a stacked buffer, [...] of another.
+        self._tensors = [torch.empty((*self._leading, *shape), dtype=buffer.dtype) for shape in shapes]
+
+    def take(self, shards: Mapping[int, torch.Tensor]) -> None:
+        """Copy the pieces from the shards of the devices."""
+        leading = (slice(None),) * len(self._leading)
+        for piece, tensor in zip(self._pieces, self._tensors, strict=True):
+            tensor.copy_(shards[piece.position][(*leading, *piece.inside)])
+
+    def host_array(self, index: int, axis_sizes: AxisSizes) -> HostArray:
+        """The row at `index` of the buffer, over this memory."""
+        buffer = self.buffer
+
+        def values() -> Pieces:
+            for piece, tensor in zip(self._pieces, self._tensors, strict=True):
+                yield piece.where, to_numpy(tensor[index] if buffer.stacked else tensor)
+
+        row = buffer.rows[index]
+        chunks = row_chunks(row, buffer.row_spec, axis_sizes, buffer.dtype.itemsize)
+        return HostArray(row.size, to_numpy(torch.empty(0, dtype=buffer.dtype)).dtype, chunks, values)
+
+
 class Snapshot:
     """Host copies of the parts of a state, and their HostArrays by part and row name.
 
@@ -77,36 +107,19 @@ class Snapshot:
     def __init__(self, plan: Plan, backend: Backend, parts: Sequence[str]):
         """Allocates memory for what this process writes: the state, without replicas and padding."""
         self._backend = backend
-        sizes = plan.mesh.axis_sizes
-        buffers = backend.layout.buffers
-        self._pieces = {name: owned_pieces(b, sizes, backend.local_positions) for name, b in buffers.items()}
-        self._copies = {part: {name: self._allocate(b) for name, b in buffers.items()} for part in parts}
-        self.arrays = {
-            part: {
-                row.name: self._host_array(buffer, index, self._copies[part][buffer.name], sizes)
-                for buffer in buffers.values()
-                for index, row in enumerate(buffer.rows)
-            }
+        sizes, local = plan.mesh.axis_sizes, backend.local_positions
+        self._copies = {
+            part: {name: _BufferCopy(b, sizes, local) for name, b in backend.layouts[part].buffers.items()}
             for part in parts
         }
-
-    def _allocate(self, buffer: Buffer) -> list[torch.Tensor]:
-        """One tensor per owned piece: [layers, ...] of a stacked buffer, [...] of another."""
-        leading = (len(buffer.rows),) if buffer.stacked else ()
-        shapes = [[s.stop - s.start for s in piece.where] for piece in self._pieces[buffer.name]]
-        return [torch.empty((*leading, *shape), dtype=buffer.dtype) for shape in shapes]
-
-    def _host_array(
-        self, buffer: Buffer, index: int, copies: list[torch.Tensor], axis_sizes: AxisSizes
-    ) -> HostArray:
-        row, pieces = buffer.rows[index], self._pieces[buffer.name]
-
-        def values() -> Pieces:
-            for piece, copy in zip(pieces, copies, strict=True):
-                yield piece.where, to_numpy(copy[index] if buffer.stacked else copy)
-
-        chunks = row_chunks(row, buffer.row_spec, axis_sizes, buffer.dtype.itemsize)
-        return HostArray(row.size, to_numpy(torch.empty(0, dtype=buffer.dtype)).dtype, chunks, values)
+        self.arrays = {
+            part: {
+                row.name: copy.host_array(index, sizes)
+                for copy in copies.values()
+                for index, row in enumerate(copy.buffer.rows)
+            }
+            for part, copies in self._copies.items()
+        }
 
     def take(self, parts: Mapping[str, Tensors]) -> None:
         """Copy the parts (buffers by name) from the devices. The steps that make them are waited for."""
@@ -116,13 +129,7 @@ class Snapshot:
             for group in _groups(tensors):
                 fetched = self._backend.fetch_shards({name: tensors[name] for name in group})
                 for name in group:
-                    self._copy(name, fetched.pop(name), self._copies[part][name])
-
-    def _copy(self, name: str, shards: Mapping[int, torch.Tensor], copies: list[torch.Tensor]) -> None:
-        stacked = self._backend.layout.buffers[name].stacked
-        leading = (slice(None),) if stacked else ()
-        for piece, copy in zip(self._pieces[name], copies, strict=True):
-            copy.copy_(shards[piece.position][(*leading, *piece.inside)])
+                    self._copies[part][name].take(fetched.pop(name))
 
 
 def _groups(tensors: Tensors) -> Iterator[list[str]]:

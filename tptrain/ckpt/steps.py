@@ -13,10 +13,10 @@ from pathlib import Path
 
 from tptrain.ckpt.digests import MANIFEST, ManifestError, read_manifest
 from tptrain.ckpt.policies import SavedStep
+from tptrain.config.state_parts import PARAMS
 from tptrain.errors import refuse
 
-# Items of a step: the weights, and what a run needs to go on.
-PARAMS = "params"
+# The item of a step that is no part of the state: what a run needs to go on.
 RUN = "run"
 
 BEST_METRIC = "exact_match"

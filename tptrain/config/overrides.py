@@ -111,8 +111,10 @@ def _assign(values: _Values, key: str, text: str) -> list[Problem]:
     return []
 
 
-def _read(setting: Setting, text: str) -> str | None:
-    return None if setting.optional and text.lower() in _NONE_WORDS else text
+def _read(setting: Setting, text: str) -> str | list[str] | None:
+    if setting.optional and text.lower() in _NONE_WORDS:
+        return None
+    return [part.strip() for part in text.split(",")] if tuple in setting.types else text
 
 
 def _assign_model_field(model: dict[str, Any], key: str, text: str) -> list[Problem]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from tptrain.config.schema import Recipe
+from tptrain.config.state_parts import StatePart, state_parts
 from tptrain.family import ModelFacts, ParamRow
 from tptrain.mesh import MeshShape, RuleTable, Spec
 from tptrain.topology import Topology
@@ -47,6 +49,11 @@ class Plan:
         """Into how many parts the rows of a micro-batch are split."""
         sizes = self.mesh.axis_sizes
         return sizes["data"] * sizes["fsdp"]
+
+    @cached_property
+    def parts(self) -> Mapping[str, StatePart]:
+        """The parts of the training state by name: the weights, and what the optimizer keeps beside them."""
+        return state_parts(self.table, self.specs, self.recipe.optim)
 
     @property
     def padded_vocab(self) -> int:

@@ -16,6 +16,9 @@ BUILTIN_DATA = ("builtin:word_problems",)
 # A byte-level BPE starts from the 256 bytes and needs ids for the beginning, the end and padding.
 SMALLEST_TRAINED_VOCAB = 259
 
+# A step down by less than 2^-8 of a number may be rounded back to the same bfloat16.
+_SLOWEST_BFLOAT16_DECAY = 0.996
+
 _RESUME_WORDS = ("never", "auto")
 _FILE_SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
 
@@ -28,6 +31,7 @@ def recipe_problems(recipe: Recipe) -> list[Problem]:
         *_data_problems(recipe),
         *_schedule_problems(recipe),
         *_precision_problems(recipe),
+        *_moments_problems(recipe),
         *_keep_best_problems(recipe),
         *_compiler_problems(recipe),
     ]
@@ -138,6 +142,21 @@ def _compiler_problems(recipe: Recipe) -> list[Problem]:
     return []
 
 
+def _moments_problems(recipe: Recipe) -> list[Problem]:
+    """Decays so slow that a moment in bfloat16 would be rounded back to where it was, and never fall."""
+    optim = recipe.optim
+    if optim.moments_dtype != "bfloat16":
+        return []
+    decays = ("beta1", "beta2") if optim.name == "adamw" else ("momentum",)
+    rule = f"must be at most {_SLOWEST_BFLOAT16_DECAY} for moments in bfloat16, or they could never fall"
+    other, fix = "optim.moments_dtype=bfloat16", f"{_SLOWEST_BFLOAT16_DECAY}, or optim.moments_dtype=float32"
+    return [
+        Problem(f"optim.{name}", getattr(optim, name), rule, other, fix)
+        for name in decays
+        if getattr(optim, name) > _SLOWEST_BFLOAT16_DECAY
+    ]
+
+
 def _keep_best_problems(recipe: Recipe) -> list[Problem]:
     """What keep_best needs: scores, and steps that are both scored and saved."""
     best, evaluation = recipe.save.keep_best, recipe.eval
@@ -190,12 +209,21 @@ def _idle_settings(recipe: Recipe) -> list[tuple[bool, str, tuple[str, ...]]]:
     only_by_steps = save.every_seconds == 0
     export_settings = ("export.path", "export.dtype", "export.max_shard_gb")
     constant = recipe.schedule.kind == "constant"
+    optim = recipe.optim
+    of_adafactor = ("optim.momentum", "optim.beta2_decay", "optim.update_clip", "optim.scale_parameter")
     return [
         (not export.enabled, "export.enabled=false", export_settings),
         (evaluation.problems == 0, "eval.problems=0", eval_settings),
         (_is_one_file(evaluation.path), f"eval.path={evaluation.path}", ("eval.split",)),
         (_is_one_file(data.path), f"data.path={data.path}", ("data.subset", "data.split")),
         (constant, "schedule.kind=constant", ("schedule.final_ratio",)),
+        (optim.name == "adamw", "optim.name=adamw", of_adafactor),
+        (optim.name == "adafactor", "optim.name=adafactor", ("optim.beta1", "optim.beta2", "optim.eps")),
+        (
+            optim.name == "adafactor" and not optim.momentum,
+            "optim.name=adafactor and optim.momentum=0",
+            ("optim.moments_dtype",),
+        ),
         (
             only_by_steps and save.every_steps == 0,
             "save.every_steps=0",

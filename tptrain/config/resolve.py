@@ -20,6 +20,7 @@ from tptrain.config.model_config import ChosenConfig, ConfigsAtHand, choose_conf
 from tptrain.config.plan import Plan
 from tptrain.config.recipe_checks import facts_problems, idle_notices, recipe_problems
 from tptrain.config.schema import Recipe
+from tptrain.config.trainable import trainable_problems, with_frozen
 from tptrain.errors import Problem, raise_if_any
 from tptrain.family import parameter_table
 from tptrain.mesh import RuleTable, param_specs
@@ -69,6 +70,7 @@ def parts_of(recipe: Recipe, topology: Topology | None, at_hand: ConfigsAtHand |
     facts = model.facts if model else None
     if facts:
         problems += facts_problems(recipe, facts)
+        problems += trainable_problems(recipe, facts, parameter_table(facts))
     if topology and mesh and rules:
         if facts:
             case = ShardingCase(recipe.mesh, facts, rules, mesh.shape, topology.devices_per_slice)
@@ -94,7 +96,8 @@ def finish(parts: Parts) -> Plan:
     assert topology and mesh and rules, "every part is there when there are no problems"
     assert model and model.facts and model.config
     master = recipe.precision.master
-    table = padded_table(parameter_table(model.facts), rules, mesh.shape.axis_sizes, master)
+    padded = padded_table(parameter_table(model.facts), rules, mesh.shape.axis_sizes, master)
+    table = with_frozen(padded, recipe.model.trainable)
     return Plan(
         recipe=recipe,
         topology=topology,

@@ -29,6 +29,9 @@ class ModelSection:
     tokenizer: str = "pretrained"
     """Folder or hub id of a tokenizer; "pretrained" for the checkpoint's own, "train" for a byte-level BPE
     made from the training records."""
+    trainable: tuple[str, ...] = ("*",)
+    """Patterns of the names of the weights that are trained, such as model.layers.*.self_attn.*; the others
+    are frozen: held, saved and computed from in bfloat16, without gradients and moments."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
@@ -84,16 +87,31 @@ class MeshSection:
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class OptimSection:
-    """AdamW with decoupled weight decay on matrices (not on norms and biases)."""
+    """The optimizer, with decoupled weight decay on matrices (not on norms and biases)."""
 
+    name: Literal["adamw", "adafactor"] = "adamw"
+    """adamw: two moments for every weight; adafactor (arXiv:1804.04235): no first moments, and of the second
+    moments of a matrix only the means of its rows and columns, where memory is short."""
     learning_rate: float = Field(default=2e-5, ge=0)
     """Peak learning rate."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of the first moment."""
+    """Decay of the first moment (adamw)."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
-    """Decay of the second moment."""
+    """Decay of the second moment (adamw)."""
     eps: float = Field(default=1e-8, gt=0)
-    """Added to the root of the second moment."""
+    """Added to the root of the second moment (adamw)."""
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Format of the moments between steps. A step computes in float32 and updates the weights by the new
+    moments as they are; bfloat16: they are then stored rounded to nearest, 8 bits of precision. Adafactor's
+    second moments stay in float32. With precision.master=float64, float32 stands for float64."""
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    """Decay of the mean of the updates (adafactor); 0: none is kept."""
+    beta2_decay: float = Field(default=0.8, gt=0, le=1)
+    """The second moment of step t decays by 1 - t^-beta2_decay (adafactor)."""
+    update_clip: float = Field(default=1.0, gt=0)
+    """Largest root mean square of a weight's update before the learning rate (adafactor)."""
+    scale_parameter: bool = False
+    """Multiply the learning rate by the root mean square of each weight, at least 1e-3 (adafactor)."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay, multiplied by the learning rate."""
     clip_norm: float = Field(default=1.0, ge=0)

@@ -15,7 +15,14 @@ from pydantic.fields import FieldInfo
 from tptrain.config.schema import Recipe
 from tptrain.errors import Problem
 
-_TYPE_WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text", dict: "fields"}
+_TYPE_WORDS = {
+    int: "whole number",
+    float: "number",
+    bool: "true or false",
+    str: "text",
+    dict: "fields",
+    tuple: "texts separated by commas",
+}
 _BOUND_WORDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
@@ -61,6 +68,8 @@ def shown(value: object) -> str:
         return str(value).lower()
     if isinstance(value, float):
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    if isinstance(value, tuple | list):
+        return ",".join(str(part) for part in value)
     return str(value)
 
 

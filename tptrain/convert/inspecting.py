@@ -21,7 +21,8 @@ from tptrain.ckpt.digests import (
     read_manifest,
 )
 from tptrain.ckpt.reading import read_run, read_tree, readable
-from tptrain.ckpt.steps import PARAMS, RUN
+from tptrain.ckpt.steps import RUN
+from tptrain.config.state_parts import PARAMS
 from tptrain.convert.progress import size_text
 from tptrain.convert.sources import Found
 from tptrain.errors import refuse

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tptrain.ckpt.reading import StepReader, readable
-from tptrain.ckpt.steps import PARAMS
+from tptrain.config.state_parts import PARAMS
 from tptrain.convert.inspecting import Array, item_names, step_arrays, tensor_array
 from tptrain.convert.sources import Found
 from tptrain.errors import refuse

@@ -51,15 +51,15 @@ class Traced:
 def trace_step(plan: Plan) -> Traced:
     """Trace the step of a plan in this process, whose devices become those of the plan; twice, to compare."""
     from tptrain.backends.make import make_placeholder_backend
-    from tptrain.train.state import fresh_state, state_specs
+    from tptrain.train.state import fresh_state, split_frozen, state_specs
     from tptrain.train.step import prepare_step, step_placeholders
 
     backend = make_placeholder_backend(plan)
     steps = []
     for _ in range(2):
         function, constants = prepare_step(backend, plan)
-        inputs = {**step_placeholders(backend, plan), **constants}
-        state = fresh_state(backend, backend.no_source)
+        state, frozen = split_frozen(fresh_state(backend, backend.no_source), backend.layout)
+        inputs = {**step_placeholders(backend, plan), **constants, **frozen}
         steps.append(backend.trace_step(function, state, inputs, state_specs(backend)))
     first, second = steps
     return Traced(

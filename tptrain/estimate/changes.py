@@ -83,6 +83,7 @@ def _candidates(plan: Plan) -> Iterator[Change]:
             yield {**remat, "optim.accumulation": str(count)}
     for fewer in _fewer_rows(rows, plan.batch_shards):
         yield {**full, **_accumulation(plan, 1), "data.batch_rows": str(fewer)}
+    yield from ({**full, **lighter} for lighter in _lighter_optimizer(plan))
     if plan.mesh.axis_sizes["data"] > 1:
         yield {**full, "mesh.data": "1", "mesh.fsdp": "-1"}
         if plan.topology.num_slices > 1:
@@ -91,6 +92,15 @@ def _candidates(plan: Plan) -> Iterator[Change]:
         yield from ({**full, **change} for change in _on_another_slice(plan, larger))
     for tokens in _shorter_rows(recipe.data.seq_len):
         yield {**full, **_accumulation(plan, rows // plan.batch_shards), "data.seq_len": str(tokens)}
+
+
+def _lighter_optimizer(plan: Plan) -> Iterator[Change]:
+    """Moments of half the size, then hardly any."""
+    optim = plan.recipe.optim
+    if optim.name == "adamw" and optim.moments_dtype == "float32":
+        yield {"optim.moments_dtype": "bfloat16"}
+    if optim.name == "adamw":
+        yield {"optim.name": "adafactor"}
 
 
 def _slices_with_more_memory(topology: Topology) -> Iterator[Topology]:

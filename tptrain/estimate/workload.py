@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Literal
 
 from tptrain.config.plan import Plan
+from tptrain.config.state_parts import PARAMS
 from tptrain.family import ModelFacts, ParamRow, stored_rows
 from tptrain.family.table import DTYPE_BYTES
 from tptrain.mesh import RuleTable, Spec
@@ -136,7 +137,12 @@ def workload_of(plan: Plan) -> Workload:
         facts=plan.facts,
         table=table,
         specs=plan.specs,
-        optimizer=adamw_state(table, plan.specs),
+        optimizer=tuple(
+            StateTensor(row, part.specs[row.name])
+            for part in plan.parts.values()
+            if part.name != PARAMS
+            for row in part.rows
+        ),
         rules=plan.rules,
         axis_sizes=plan.mesh.axis_sizes,
         rows=plan.micro_rows,

@@ -11,7 +11,7 @@ from tptrain.backends.base import Backend, Tensors
 from tptrain.backends.make import make_backend, prepare_process
 from tptrain.ckpt.reading import read_run
 from tptrain.ckpt.restoring import restore_part
-from tptrain.ckpt.steps import PARAMS, find_step, is_step_folder
+from tptrain.ckpt.steps import find_step, is_step_folder
 from tptrain.config.overrides import apply_overrides
 from tptrain.config.plan import Plan
 from tptrain.config.planning import find_topology, plan_recipe
@@ -23,6 +23,7 @@ from tptrain.config.schema import (
     Recipe,
     ScheduleSection,
 )
+from tptrain.config.state_parts import PARAMS
 from tptrain.data.render import PRESETS, encode_prompt
 from tptrain.data.tokenizer import load_tokenizer
 from tptrain.errors import refuse

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from tptrain.config import OptimSection
+from tptrain.errors import refuse
 from tptrain.family import ModelFacts, parameter_table
 
 
@@ -17,13 +18,15 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """AdamW after clipping by global norm, with weight decay on matrices alone, as in `tptrain.train.step`.
 
-    Unlike there, an update that is not finite is applied.
+    Unlike there, an update that is not finite is applied. Only AdamW with moments in float32 is known here;
+    anything else raises ProblemsError.
 
     rate:  the learning rate, or a function from the number of updates made so far (0 at the first step).
            `learning_rate` and `accumulation` of `optim` are not read.
     facts: of the model, whose parameter table says what decays. The tree may be the state of a FlaxDecoder
            or the flat dict of names.
     """
+    _require_plain_adamw(optim)
     decays = {row.name: row.decay for row in parameter_table(facts)}
 
     def decay_mask(params: Any) -> Any:
@@ -33,6 +36,15 @@ def make_optimizer(
         rate, optim.beta1, optim.beta2, optim.eps, weight_decay=optim.weight_decay, mask=decay_mask
     )
     return optax.chain(clip_by_global_norm(optim.clip_norm), adamw) if optim.clip_norm else adamw
+
+
+def _require_plain_adamw(optim: OptimSection) -> None:
+    for setting, value, known in (
+        ("optim.name", optim.name, "adamw"),
+        ("optim.moments_dtype", optim.moments_dtype, "float32"),
+    ):
+        if value != known:
+            raise refuse(setting, value, "has no counterpart in the Flax loop", f"known: {known}", known)
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:

@@ -7,6 +7,8 @@ from typing import Any
 
 from tptrain.config.plan import Plan
 from tptrain.config.settings import settings, shown, value_of
+from tptrain.config.state_parts import PARAMS
+from tptrain.config.trainable import FROZEN_DTYPE
 from tptrain.estimate import Estimate, estimate
 from tptrain.estimate.text import bytes_text
 from tptrain.family import ParamRow, stored_rows
@@ -14,19 +16,24 @@ from tptrain.mesh import Spec
 from tptrain.report.estimate_page import estimate_blocks, estimate_json
 from tptrain.report.param_lines import ParamLine, param_lines, row_device_bytes
 
-# The master copy and AdamW's two moments have the same shape, format and spec.
-_STATE_COPIES = 3
-
 
 def num_parameters(plan: Plan) -> int:
-    """Trained numbers, padding not counted."""
+    """Numbers of the model, trained or frozen, padding not counted."""
     return sum(row.num_elements for row in stored_rows(plan.table))
 
 
-def master_device_bytes(plan: Plan) -> int:
-    """Bytes of the master weights on one device, from the specs."""
+def num_trained(plan: Plan) -> int:
+    """Those of them that are trained."""
+    return sum(row.num_elements for row in stored_rows(plan.table) if row.trainable)
+
+
+def state_device_bytes(plan: Plan) -> dict[str, int]:
+    """Bytes of each part of the training state on one device, from the specs; `params` are the weights."""
     sizes = plan.mesh.axis_sizes
-    return sum(row_device_bytes(row, plan.specs[row.name], sizes) for row in stored_rows(plan.table))
+    return {
+        name: sum(row_device_bytes(row, part.specs[row.name], sizes) for row in part.rows)
+        for name, part in plan.parts.items()
+    }
 
 
 def plan_page(plan: Plan, found: Estimate | None = None) -> str:
@@ -77,16 +84,29 @@ def _length(plan: Plan) -> str:
 def size_sentences(plan: Plan) -> list[str]:
     vocab, padded = plan.facts.vocab_size, plan.padded_vocab
     padding = f"padded to {padded:,} in memory" if padded > vocab else "no padding needed"
-    master = master_device_bytes(plan)
-    hbm = plan.topology.chip.hbm_bytes
-    part = f", {100 * _STATE_COPIES * master / hbm:.1f} % of its {bytes_text(hbm)}" if hbm else ""
-    precision = plan.recipe.precision
+    parts, hbm = state_device_bytes(plan), plan.topology.chip.hbm_bytes
+    state = sum(parts.values())
+    share = f", {100 * state / hbm:.1f} % of its {bytes_text(hbm)}" if hbm else ""
+    by_part = ", ".join(f"{name} {bytes_text(held)}" for name, held in parts.items())
+    recipe = plan.recipe
     return [
         f"Vocabulary: {vocab:,}, {padding}.",
-        f"State per device: {bytes_text(_STATE_COPIES * master)}{part} (the {precision.master} weights and"
-        f" AdamW's two moments, without activations and gradients); compute in {precision.compute},"
-        f" remat {plan.recipe.remat.policy}.",
+        f"Trained: {_trained(plan)} by {recipe.optim.name}.",
+        f"State per device: {bytes_text(state)}{share} ({by_part}; without activations and gradients);"
+        f" compute in {recipe.precision.compute}, remat {recipe.remat.policy}.",
     ]
+
+
+def _trained(plan: Plan) -> str:
+    """What is trained in which format, and what is frozen."""
+    total, trained = num_parameters(plan), num_trained(plan)
+    if trained == total:
+        return f"all parameters in {plan.recipe.precision.master}"
+    frozen = total - trained
+    return (
+        f"{trained:,} parameters in {plan.recipe.precision.master} ({100 * trained / total:.3g} %;"
+        f" {frozen:,} are frozen in {FROZEN_DTYPE})"
+    )
 
 
 def spec_text(spec: Spec) -> str:
@@ -109,9 +129,10 @@ def _size_text(line: ParamLine) -> str:
 def _table_lines(plan: Plan) -> list[str]:
     """The parameter table, columns as wide as their widest entry."""
     lines = param_lines(plan.table, plan.specs, plan.mesh.axis_sizes)
-    head = ("parameter", "size", "spec", "elements", f"{plan.recipe.precision.master} per device")
+    head = ("parameter", "size", "spec", "elements", "weights per device")
     body = [_line_cells(line) for line in lines]
-    total = ("total", "", "", f"{num_parameters(plan):,}", bytes_text(master_device_bytes(plan)))
+    held = state_device_bytes(plan)[PARAMS]
+    total = ("total", "", "", f"{num_parameters(plan):,}", bytes_text(held))
     widths = [max(len(cells[i]) for cells in [head, *body, total]) for i in range(len(head))]
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
     tied = [f"{row.name} is tied to {row.tied_to}." for row in plan.table if row.tied_to]
@@ -121,7 +142,8 @@ def _table_lines(plan: Plan) -> list[str]:
 
 def _line_cells(line: ParamLine) -> tuple[str, ...]:
     size, spec = _size_text(line), spec_text(line.spec)
-    return (line.name, size, spec, f"{line.num_elements:,}", bytes_text(line.device_bytes))
+    name = line.name if line.row.trainable else f"{line.name} (frozen)"
+    return (name, size, spec, f"{line.num_elements:,}", bytes_text(line.device_bytes))
 
 
 def _padded(cells: tuple[str, ...], widths: list[int]) -> str:
@@ -136,7 +158,7 @@ def plan_json(plan: Plan, found: Estimate | None = None) -> dict[str, Any]:
     found: the plan's estimate, where the caller has made it.
     """
     found = found or estimate(plan)
-    sizes = plan.mesh.axis_sizes
+    sizes, parts = plan.mesh.axis_sizes, state_device_bytes(plan)
     data = {
         "recipe": {path: value_of(plan.recipe, setting) for path, setting in settings().items()},
         "topology": plan.topology.name,
@@ -150,8 +172,10 @@ def plan_json(plan: Plan, found: Estimate | None = None) -> dict[str, Any]:
         "tokens_per_step": plan.recipe.data.batch_rows * plan.recipe.data.seq_len,
         "padded_vocab": plan.padded_vocab,
         "num_parameters": num_parameters(plan),
-        "master_bytes_per_device": master_device_bytes(plan),
-        "state_bytes_per_device": _STATE_COPIES * master_device_bytes(plan),
+        "num_trained": num_trained(plan),
+        "master_bytes_per_device": parts[PARAMS],
+        "state_bytes_per_device": sum(parts.values()),
+        "state_parts_bytes_per_device": parts,
         "output_dir": plan.output_dir,
         "export_dir": plan.export_dir,
         "notices": [*plan.notices, *found.notices],

@@ -30,11 +30,14 @@ class Change(Enum):
 
 
 # Setting, or the section it lies in -> meaning; the first match counts. What is not listed is refused: the
-# other settings of the model, the precision and the seed.
+# other settings of the model, the precision and the seed. Another optimizer keeps another state; moments of
+# another format are cast to it.
 MEANINGS: tuple[tuple[str, Change], ...] = (
     ("model.config", Change.FACTS),
     ("data.batch_rows", Change.TOLD),
     ("data.", Change.DATA),
+    ("optim.name", Change.REFUSED),
+    ("optim.momentum", Change.REFUSED),
     ("optim.", Change.TOLD),
     ("schedule.", Change.TOLD),
     ("topology", Change.TOLD),

@@ -10,10 +10,8 @@ from pathlib import Path
 from tptrain.ckpt.steps import saved_steps
 from tptrain.config.plan import Plan
 from tptrain.errors import Problem
-from tptrain.family import stored_rows
 from tptrain.family.table import DTYPE_BYTES
 from tptrain.train.saving import most_kept
-from tptrain.train.state import PARTS
 from tptrain.weights import check_export_target, export_bytes
 from tptrain.weights.staging import nearest_existing
 
@@ -108,8 +106,8 @@ def _resume_problems(plan: Plan, folder: RunFolder) -> list[Problem]:
 def _room_problems(plan: Plan, folder: RunFolder) -> list[Problem]:
     """Too little room for the checkpoints that are kept, and the one that is written beside them."""
     kept = most_kept(plan)
-    rows = stored_rows(plan.table)
-    one = len(PARTS) * sum(row.num_elements * DTYPE_BYTES[row.storage_dtype] for row in rows)
+    rows = [row for part in plan.parts.values() for row in part.rows]
+    one = sum(row.num_elements * DTYPE_BYTES[row.storage_dtype] for row in rows)
     missing = kept + 1 - min(len(folder.steps(plan.recipe.unverified)), kept)
     free = shutil.disk_usage(nearest_existing(folder.root / "inside")).free
     if missing * one <= free:

@@ -20,7 +20,7 @@ from tptrain.errors import TptrainError
 from tptrain.train.journal import StepRecord
 from tptrain.train.observers import Observer
 from tptrain.train.schedule import step_scalars
-from tptrain.train.state import state_specs
+from tptrain.train.state import split_frozen, state_specs
 from tptrain.train.step import BATCH_NAMES, prepare_step
 
 
@@ -73,12 +73,14 @@ class Loop:
         self._observers, self._after_step, self._due = observers, after_step, due
         self._compiling = compiling
         self._function, self._constants = prepare_step(backend, plan)
+        self._frozen: Tensors = {}
         self._compiled: CompiledStep | None = None
         self._finished_at = 0.0
 
     def run(self, state: Tensors, start: Progress) -> Tensors:
         """Train to the end and return the last state; the tensors of `state` are used up."""
         started: _Started | None = None
+        state, self._frozen = split_frozen(state, self._backend.layout)
         self._finished_at = time.perf_counter()
         with closing(prefetch(self._batches, start.cursor, self._total - start.step)) as upcoming:
             for step in range(start.step + 1, self._total + 1):
@@ -94,11 +96,12 @@ class Loop:
                 if step == self._total or self._due(step):
                     self._finish(started)
                     started = None
-                    ends = self._after_step(state, Progress(step, self._batches.after(cursor)))
+                    progress = Progress(step, self._batches.after(cursor))
+                    ends = self._after_step({**state, **self._frozen}, progress)
                     self._finished_at = time.perf_counter()
                     if ends:
                         break
-        return state
+        return {**state, **self._frozen}
 
     def _start(
         self, state: Tensors, step: int, cursor: int, batch: Batch, input_seconds: float
@@ -106,7 +109,8 @@ class Loop:
         recipe = self._plan.recipe
         scalars = step_scalars(step, self._total, recipe.schedule, recipe.optim)
         arrays = {name: getattr(batch, name) for name in BATCH_NAMES}
-        inputs = {**self._backend.put_batch(arrays), **self._backend.put_scalars(scalars), **self._constants}
+        varying = {**self._backend.put_batch(arrays), **self._backend.put_scalars(scalars)}
+        inputs = {**varying, **self._constants, **self._frozen}
         trace_seconds = compile_seconds = 0.0
         if self._compiled is None:
             specs = state_specs(self._backend)

@@ -23,7 +23,7 @@ from tptrain.ckpt.steps import BEST_METRIC
 from tptrain.config.plan import Plan
 from tptrain.report.plan_page import plan_json
 from tptrain.train.loop import Progress
-from tptrain.train.state import PARTS, part_of
+from tptrain.train.state import parts_of
 
 _VERSIONED = ("tptrain", "torch", "torch_xla", "jax", "orbax-checkpoint", "transformers")
 
@@ -87,8 +87,7 @@ class Saver:
         run = {**self._shared, "step": progress.step, "cursor": progress.cursor}
         self._failed = None
         try:
-            parts = {part: part_of(state, part) for part in PARTS}
-            self._checkpointer.save(progress.step, parts, run, metrics)
+            self._checkpointer.save(progress.step, parts_of(state), run, metrics)
         except SaveError as error:
             self._failed = error
             self._say(str(error))

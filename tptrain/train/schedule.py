@@ -1,10 +1,11 @@
-"""The learning rate as a pure function of the step."""
+"""The numbers that change with the step, as pure functions of it."""
 
 from __future__ import annotations
 
 import math
 
 from tptrain.config.schema import OptimSection, ScheduleSection
+from tptrain.train.optimizers import OPTIMIZERS
 
 
 def learning_rate(step: int, total_steps: int, schedule: ScheduleSection, optim: OptimSection) -> float:
@@ -27,12 +28,6 @@ def learning_rate(step: int, total_steps: int, schedule: ScheduleSection, optim:
 def step_scalars(
     step: int, total_steps: int, schedule: ScheduleSection, optim: OptimSection
 ) -> dict[str, float]:
-    """The numbers that change with the step (from 1); they are inputs of the compiled step.
-
-    bias_correction1 and 2 are 1 - beta^step of Adam (arXiv:1412.6980, algorithm 1).
-    """
-    return {
-        "learning_rate": learning_rate(step, total_steps, schedule, optim),
-        "bias_correction1": 1 - optim.beta1**step,
-        "bias_correction2": 1 - optim.beta2**step,
-    }
+    """The numbers that change with the step (from 1); they are inputs of the compiled step."""
+    rate = learning_rate(step, total_steps, schedule, optim)
+    return {"learning_rate": rate, **OPTIMIZERS[optim.name].scalars(step, optim)}

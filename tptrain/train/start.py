@@ -9,11 +9,12 @@ from typing import Any
 
 from tptrain.backends.base import Backend, Tensors, TensorSource
 from tptrain.ckpt.checkpointer import Checkpointer
-from tptrain.ckpt.reading import PARAMS, read_run
+from tptrain.ckpt.reading import read_run
 from tptrain.ckpt.restoring import restore_part
 from tptrain.ckpt.steps import set_aside
 from tptrain.config.plan import Plan
 from tptrain.config.recipe_checks import meeting_problems
+from tptrain.config.state_parts import PARAMS
 from tptrain.data.batches import RunLength, run_length
 from tptrain.errors import Problem, raise_if_any
 from tptrain.train.continuation import Continuation, continuation, continuation_problems
@@ -21,7 +22,7 @@ from tptrain.train.folder import RunFolder, step_asked_for
 from tptrain.train.inputs import Prepared
 from tptrain.train.journal import Journal
 from tptrain.train.loop import Progress
-from tptrain.train.state import PARTS, fresh_state, join_parts, not_halted
+from tptrain.train.state import begun_state, fresh_state, join_parts, not_halted
 
 NEW_RUN = Continuation(step=0, cursor=0, lines=())
 
@@ -40,8 +41,7 @@ def fresh_start(plan: Plan, backend: Backend, prepared: Prepared, source: Tensor
     """Step 0, with weights from `source`: a step of another run, files, or a random generator."""
     if isinstance(source, Path):
         params = restore_part(plan, backend, source, PARAMS, "model.pretrained", plan.recipe.unverified)
-        parts = {"params": params, "mu": backend.zeros(), "nu": backend.zeros()}
-        state = join_parts(parts, not_halted(backend))
+        state = begun_state(backend, params)
     else:
         state = fresh_state(backend, source)
     return Start(state, Progress(0, 0), length_from(plan, prepared, NEW_RUN), ())
@@ -68,7 +68,8 @@ def resumed_start(
         journal.open()
 
     journal.event("begin", "restore", 0)
-    restored = checkpointer.restore(step_asked_for(plan), PARTS, accept, plan.recipe.unverified)
+    parts = tuple(plan.parts)
+    restored = checkpointer.restore(step_asked_for(plan), parts, accept, plan.recipe.unverified)
     going_on = continuation(plan, restored.run, prepared.data_digest)
     journal.event("end", "restore", going_on.step)
     _set_newer_aside(plan, folder, going_on.step, say)

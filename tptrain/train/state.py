@@ -1,4 +1,4 @@
-"""The training state: one flat dict of tensors, `<part>/<buffer>`, plus a flag."""
+"""The training state: one flat dict of tensors, `<part>/<buffer>` for the parts of the plan, plus a flag."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from collections.abc import Mapping
 
 import torch
 
-from tptrain.backends.base import Backend, Tensors, TensorSource
+from tptrain.backends.base import Backend, Layout, Tensors, TensorSource
+from tptrain.config.state_parts import PARAMS
 from tptrain.mesh import Spec
 
-# The weights, and Adam's first and second moment of their gradients.
-PARTS = ("params", "mu", "nu")
 # 1 once a loss or gradient was not finite; from then on no update is applied.
 HALTED = "halted"
 
@@ -21,16 +20,37 @@ def part_of(state: Tensors, part: str) -> Tensors:
     return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
+def parts_of(state: Tensors) -> dict[str, Tensors]:
+    """All parts of a state by their names: what a checkpoint holds of it."""
+    names = dict.fromkeys(name.partition("/")[0] for name in state if "/" in name)
+    return {part: part_of(state, part) for part in names}
+
+
 def join_parts(parts: Mapping[str, Tensors], halted: torch.Tensor) -> Tensors:
-    """The inverse of `part_of`, for all parts together."""
-    state = {f"{part}/{name}": tensor for part in PARTS for name, tensor in parts[part].items()}
+    """The inverse of `parts_of`."""
+    state = {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
     return {**state, HALTED: halted}
 
 
+def split_frozen(state: Tensors, layout: Layout) -> tuple[Tensors, Tensors]:
+    """The state that steps change, and the frozen weights, which are inputs of the step.
+
+    layout: that of the weights. Both keep their names, so the two together are the state again.
+    """
+    frozen = {f"{PARAMS}/{name}" for name, buffer in layout.buffers.items() if not buffer.trainable}
+    moving = {name: tensor for name, tensor in state.items() if name not in frozen}
+    return moving, {name: tensor for name, tensor in state.items() if name in frozen}
+
+
 def fresh_state(backend: Backend, source: TensorSource) -> Tensors:
-    """Weights read from `source`, Adam's moments zero."""
-    parts = {"params": backend.place(source), "mu": backend.zeros(), "nu": backend.zeros()}
-    return join_parts(parts, not_halted(backend))
+    """Weights read from `source`, everything that the optimizer keeps zero."""
+    return begun_state(backend, backend.place(source))
+
+
+def begun_state(backend: Backend, params: Tensors) -> Tensors:
+    """The state of a run that begins with these weights."""
+    beside = {part: backend.zeros(part) for part in backend.layouts if part != PARAMS}
+    return join_parts({PARAMS: params, **beside}, not_halted(backend))
 
 
 def not_halted(backend: Backend) -> torch.Tensor:
@@ -39,5 +59,9 @@ def not_halted(backend: Backend) -> torch.Tensor:
 
 def state_specs(backend: Backend) -> dict[str, Spec]:
     """How each tensor of the state is split."""
-    specs = {f"{p}/{name}": buffer.spec for p in PARTS for name, buffer in backend.layout.buffers.items()}
+    specs = {
+        f"{part}/{name}": buffer.spec
+        for part, layout in backend.layouts.items()
+        for name, buffer in layout.buffers.items()
+    }
     return {**specs, HALTED: ()}

@@ -12,9 +12,11 @@ from torch.func import functional_call
 
 from tptrain.backends.base import TORCH_DTYPES, Backend, Layout, StepFunction, Tensors
 from tptrain.config.plan import Plan
-from tptrain.config.schema import OptimSection, Recipe
+from tptrain.config.schema import Recipe
 from tptrain.models.decoder import Decoder
 from tptrain.models.loss import loss_sum
+from tptrain.train.optimizers import OPTIMIZERS
+from tptrain.train.schedule import step_scalars
 from tptrain.train.state import HALTED, join_parts, part_of
 
 # Integers but for the weights, as `Batch` has them.
@@ -26,7 +28,6 @@ BATCH_DTYPES = {
     "segment_ids": np.int32,
 }
 BATCH_NAMES = tuple(BATCH_DTYPES)
-SCALAR_NAMES = ("learning_rate", "bias_correction1", "bias_correction2")
 
 
 def prepare_step(backend: Backend, plan: Plan) -> tuple[StepFunction, Tensors]:
@@ -41,29 +42,34 @@ def step_placeholders(backend: Backend, plan: Plan) -> Tensors:
     recipe = plan.recipe
     shape = (recipe.optim.accumulation, plan.micro_rows, recipe.data.seq_len)
     batch = backend.put_batch({name: np.zeros(shape, dtype) for name, dtype in BATCH_DTYPES.items()})
-    return {**batch, **backend.put_scalars(dict.fromkeys(SCALAR_NAMES, 1.0))}
+    return {**batch, **backend.put_scalars(step_scalars(1, 2, recipe.schedule, recipe.optim))}
 
 
 def make_train_step(decoder: Decoder, layout: Layout, recipe: Recipe) -> StepFunction:
     """The step of a recipe.
 
-    inputs:  the batch (BATCH_NAMES, each [A, B, T]), the scalars (SCALAR_NAMES), the decoder's constants.
+    state:   what steps change, from `split_frozen`.
+    inputs:  the batch (BATCH_NAMES, each [A, B, T]), `step_scalars`, the decoder's constants, the frozen
+             weights as `params/<buffer>`.
     outputs: loss (mean over counted tokens), counted (tokens with weight), grad_norm (before clipping),
              finite (1.0 when loss and norm are; otherwise this update and all later ones are left out).
     """
     compute = TORCH_DTYPES[recipe.precision.compute]
     constants = tuple(decoder.constants())
+    optimizer = OPTIMIZERS[recipe.optim.name]
 
     def train_step(state: Tensors, inputs: Tensors) -> tuple[Tensors, Tensors]:
         params = part_of(state, "params")
         working = {name: p.detach().to(compute).requires_grad_(True) for name, p in params.items()}
-        modules = {**working, **{name: inputs[name] for name in constants}}
+        frozen = {name: p.detach().to(compute) for name, p in part_of(inputs, "params").items()}
+        modules = {**working, **frozen, **{name: inputs[name] for name in constants}}
         loss, counted, gradients = loss_and_gradients(decoder, modules, working, inputs)
         gradients = {name: g.to(params[name].dtype) for name, g in gradients.items()}
         norm = global_norm(gradients)
         finite = torch.isfinite(loss) & torch.isfinite(norm)
         keep_old = (state[HALTED] > 0) | ~finite
-        updated = adamw(state, gradients, norm, inputs, layout, recipe.optim)
+        gradients = clipped(gradients, norm, recipe.optim.clip_norm)
+        updated = optimizer.update(state, gradients, inputs, layout, recipe.optim)
         parts = {
             part: {n: torch.where(keep_old, old, updated[part][n]) for n, old in part_of(state, part).items()}
             for part in updated
@@ -103,28 +109,9 @@ def global_norm(gradients: Tensors) -> torch.Tensor:
     return torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
 
 
-def adamw(
-    state: Tensors,
-    gradients: Tensors,
-    norm: torch.Tensor,
-    inputs: Tensors,
-    layout: Layout,
-    optim: OptimSection,
-) -> dict[str, Tensors]:
-    """AdamW (arXiv:1711.05101) in the arithmetic of torch.optim.AdamW, after clipping by global norm.
-
-    Elementwise over buffers, so it does not matter how a backend splits or stacks them.
-    """
-    scale = torch.clamp(optim.clip_norm / (norm + 1e-6), max=1.0) if optim.clip_norm else 1.0
-    rate, correction1 = inputs["learning_rate"], inputs["bias_correction1"]
-    correction2 = inputs["bias_correction2"].sqrt()
-    parts: dict[str, Tensors] = {"params": {}, "mu": {}, "nu": {}}
-    for name, buffer in layout.buffers.items():
-        gradient = gradients[name] * scale
-        mu = state[f"mu/{name}"] * optim.beta1 + gradient * (1 - optim.beta1)
-        nu = state[f"nu/{name}"] * optim.beta2 + gradient.square() * (1 - optim.beta2)
-        old = state[f"params/{name}"]
-        decayed = old * (1 - rate * optim.weight_decay) if buffer.decay and optim.weight_decay else old
-        step = (mu / correction1) / (nu.sqrt() / correction2 + optim.eps)
-        parts["params"][name], parts["mu"][name], parts["nu"][name] = decayed - rate * step, mu, nu
-    return parts
+def clipped(gradients: Tensors, norm: torch.Tensor, limit: float) -> Tensors:
+    """Gradients scaled to a global norm of at most `limit`; as they are for a limit of 0."""
+    if not limit:
+        return gradients
+    scale = torch.clamp(limit / (norm + 1e-6), max=1.0)
+    return {name: gradient * scale for name, gradient in gradients.items()}

@@ -25,6 +25,7 @@ from tptrain.backends.xla.capture import CapturedStep, compile_count
 from tptrain.backends.xla.passes import apply_passes
 from tptrain.backends.xla.sharding import DeviceMesh
 from tptrain.config.plan import Plan
+from tptrain.config.state_parts import PARAMS
 from tptrain.mesh import Spec, shard_slices, spec_of
 from tptrain.models.decoder import Decoder
 from tptrain.weights.read_ahead import read_ahead
@@ -44,7 +45,10 @@ class XlaBackend:
         self.works_beside_host = xr.device_type() != "CPU"
         self.mesh = DeviceMesh(plan.mesh, order)
         self.local_positions = self.mesh.local_positions
-        self.layout = Layout.stacked(plan.table, plan.specs, len(plan.facts.layer_period))
+        period = len(plan.facts.layer_period)
+        parts = plan.parts.values()
+        self.layouts = {part.name: Layout.stacked(part.rows, part.specs, period) for part in parts}
+        self.layout = self.layouts[PARAMS]
 
     def decoder(self) -> Decoder:
         with torch.device("meta"):
@@ -52,19 +56,20 @@ class XlaBackend:
         apply_passes(decoder, self.layout, self.mesh, self.plan.rules, self.plan.recipe.remat.policy)
         return decoder
 
-    def place(self, source: TensorSource) -> Tensors:
-        with closing(read_ahead(self._pieces(source), 1)) as ahead:
+    def place(self, source: TensorSource, part: str = PARAMS) -> Tensors:
+        with closing(read_ahead(self._pieces(source, part), 1)) as ahead:
             return {b.name: self.mesh.place(shards, b.shape, b.spec) for b, shards in ahead}
 
-    def _pieces(self, source: TensorSource) -> Generator[tuple[Buffer, dict[int, torch.Tensor]]]:
+    def _pieces(self, source: TensorSource, part: str) -> Generator[tuple[Buffer, dict[int, torch.Tensor]]]:
         """Each buffer with the pieces of this process's devices, on the host."""
-        for buffer in self.layout.buffers.values():
+        for buffer in self.layouts[part].buffers.values():
             slices = shard_slices(buffer.rows[0].padded_size, buffer.row_spec, self.mesh.axis_sizes)
             mine = {position: slices[position] for position in self.local_positions}
             yield buffer, read_buffer_shards(buffer, mine, source)
 
-    def zeros(self) -> Tensors:
-        return {name: self._zero(b.shape, b.spec, b.dtype) for name, b in self.layout.buffers.items()}
+    def zeros(self, part: str) -> Tensors:
+        buffers = self.layouts[part].buffers
+        return {name: self._zero(b.shape, b.spec, b.dtype) for name, b in buffers.items()}
 
     def _zero(self, shape: tuple[int, ...], spec: Spec, dtype: torch.dtype) -> torch.Tensor:
         slices = shard_slices(shape, spec, self.mesh.axis_sizes)

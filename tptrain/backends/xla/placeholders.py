@@ -26,6 +26,7 @@ from tptrain.backends.xla.hlo_proto import (
 )
 from tptrain.backends.xla.sharding import partition_spec
 from tptrain.config.plan import Plan
+from tptrain.config.state_parts import PARAMS
 from tptrain.family import ParamRow
 from tptrain.mesh import Spec
 
@@ -48,8 +49,8 @@ class PlaceholderBackend(XlaBackend):
         super().__init__(plan, tuple(range(plan.num_devices)))
         self._spec_of: dict[int, Spec] = {}
 
-    def place(self, source: TensorSource) -> Tensors:
-        buffers = self.layout.buffers.values()
+    def place(self, source: TensorSource, part: str = PARAMS) -> Tensors:
+        buffers = self.layouts[part].buffers.values()
         return {b.name: self._placeholder(b.shape, b.spec, b.dtype) for b in buffers}
 
     def _zero(self, shape: tuple[int, ...], spec: Spec, dtype: torch.dtype) -> torch.Tensor:

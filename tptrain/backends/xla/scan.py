@@ -89,19 +89,24 @@ class _ScanLayers(torch.autograd.Function):
         inputs, *rest = ctx.saved_tensors
         split = len(rest) - len(ctx.names)
         kept, stacked = rest[:split], rest[split:]
+        # Frozen weights need no gradient: the loop computes none.
+        needed = ctx.needs_input_grad[-len(ctx.names) :]
+        wanted = [name for name, need in zip(ctx.names, needed, strict=True) if need]
 
-        def body(carry, layer):
-            x, layer_kept, parameters = layer
+        def body(carry, layer_inputs):
+            x, layer_kept, parameters = layer_inputs
             with torch.enable_grad(), ctx.keeper.supplying(layer_kept):
-                leaves = [t.detach().requires_grad_(True) for t in (x, *parameters)]
-                y = ctx.function(leaves[0], dict(zip(ctx.names, leaves[1:], strict=True)))
-                gradients = torch.autograd.grad(y, leaves, carry)
-            constrained = [ctx.constrain(n, g) for n, g in zip(ctx.names, gradients[1:], strict=True)]
+                leaf = x.detach().requires_grad_(True)
+                layer = {n: p.detach() for n, p in zip(ctx.names, parameters, strict=True)}
+                trained = [layer[name].requires_grad_(True) for name in wanted]
+                gradients = torch.autograd.grad(ctx.function(leaf, layer), [leaf, *trained], carry)
+            constrained = [ctx.constrain(n, g) for n, g in zip(wanted, gradients[1:], strict=True)]
             return gradients[0], constrained
 
         with torch.no_grad():
             grad_x, grad_stacked = _scan_impl_pytree(body, gradient, (inputs, kept, stacked), reverse=True)
-        return None, None, None, None, grad_x, *grad_stacked
+        by_name = dict(zip(wanted, grad_stacked, strict=True))
+        return None, None, None, None, grad_x, *(by_name.get(name) for name in ctx.names)
 
 
 def scan_layers(
