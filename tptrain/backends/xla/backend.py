@@ -19,6 +19,7 @@ from tptrain.backends.base import (
     StepFunction,
     Tensors,
     TensorSource,
+    meta_decoder,
 )
 from tptrain.backends.shards import read_buffer_shards
 from tptrain.backends.xla.capture import CapturedStep, compile_count
@@ -47,8 +48,7 @@ class XlaBackend:
         self.layout = Layout.stacked(plan.table, plan.specs, len(plan.facts.layer_period))
 
     def decoder(self) -> Decoder:
-        with torch.device("meta"):
-            decoder = Decoder(self.plan.facts, self.plan.padded_vocab)
+        decoder = meta_decoder(self.plan)
         apply_passes(decoder, self.layout, self.mesh, self.plan.rules, self.plan.recipe.remat.policy)
         return decoder
 
