@@ -32,6 +32,7 @@ class Case:
     data: int = 1
     tied: bool = False
     accumulation: int = 1
+    order: tuple[int, ...] = PERMUTED
 
     def plan(self) -> Plan:
         return small.small_plan(
@@ -49,7 +50,7 @@ CASES = {
     "2x4 tied": Case(2, 4, 16, tied=True),
     "1x8 accumulated": Case(1, 8, 4, accumulation=2),
     "8x1 tied accumulated": Case(8, 1, 16, tied=True, accumulation=2),
-    "data 2, 2x2": Case(2, 2, 8, data=2),
+    "data 2, 2x2": Case(2, 2, 8, data=2, order=tuple(range(8))),
     "all at once": Case(4, 2, small.TOKENS),
 }
 
@@ -71,7 +72,7 @@ def plain(tied: bool, accumulation: int) -> tuple[float, Tensors]:
 def traced(case: str) -> tuple[XlaBackend, torch.Tensor, Tensors, str]:
     """Loss, gradients by buffer name, and the program that computes them."""
     plan = CASES[case].plan()
-    backend = XlaBackend(plan, PERMUTED)
+    backend = XlaBackend(plan, CASES[case].order)
     decoder = backend.decoder()
     weights = backend.place(small.DictSource(small.weights_of(small.reference(CASES[case].tied))))
     working = {name: tensor.detach().requires_grad_(True) for name, tensor in weights.items()}

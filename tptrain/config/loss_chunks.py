@@ -7,8 +7,9 @@ import math
 from tptrain.config.schema import Recipe
 from tptrain.errors import Problem
 
-# What the logits of a chunk may take on one device, in float32, where the recipe leaves it to the plan.
-LOGITS_BYTES = 2**30
+# What the logits of a chunk take on one device, in float32, where the recipe leaves it to the plan. With more
+# than one chunk the head's gradient is added up in float32, so smaller chunks save little.
+LOGITS_BYTES = 2**31
 
 
 def chunk_problems(recipe: Recipe) -> list[Problem]:

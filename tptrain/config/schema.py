@@ -142,7 +142,7 @@ class LossSection:
 
     chunk_tokens: int = Field(default=0, ge=0)
     """Tokens of every row whose logits are computed at a time; it divides data.seq_len. 0: as many as take
-    about 1 GiB in float32 on a device; the plan names them."""
+    about 2 GiB in float32 on a device; the plan names them."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)

@@ -24,7 +24,9 @@ Project = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Parts = tuple[torch.Tensor, ...]
 # (body, carry, parts with a leading dim) -> (carry, what the body made of each part, stacked);
 # body: (carry, one part of each) -> (carry, a tensor)
-Loop = Callable[[Callable[[Parts, Parts], tuple[Parts, torch.Tensor]], Parts, Parts], tuple[Parts, torch.Tensor]]
+Loop = Callable[
+    [Callable[[Parts, Parts], tuple[Parts, torch.Tensor]], Parts, Parts], tuple[Parts, torch.Tensor]
+]
 
 
 def python_loop(
