@@ -29,7 +29,7 @@ def plan(seq_len: int, rows: int, chunk: int = 0, tensor: int = 1) -> Plan:
 @pytest.mark.parametrize(
     ("seq_len", "rows", "tensor", "expected"),
     [
-        # rows of a device, tokens of all its rows in a chunk: about 4,185 in 2 GiB, twice that with V split in 2
+        # Tokens of all rows of a device in a chunk: about 4,185 in 2 GiB, twice that with V split in 2.
         (2048, 8, 1, 2048),  # 1 row, 2,048 tokens: all there are
         (2048, 16, 1, 2048),  # 2 rows, 4,096
         (8192, 16, 1, 2048),  # 2 rows, 4,096

@@ -22,22 +22,19 @@ from tptrain.models.marks import Marks
 # (hidden states [S, N, D], head weight [V, D]) -> logits [S, N, V]
 Project = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Parts = tuple[torch.Tensor, ...]
-# (body, carry, parts with a leading dim) -> (carry, what the body made of each part, stacked);
-# body: (carry, one part of each) -> (carry, a tensor)
-Loop = Callable[
-    [Callable[[Parts, Parts], tuple[Parts, torch.Tensor]], Parts, Parts], tuple[Parts, torch.Tensor]
-]
+# (carry, one part of each) -> (carry, a result)
+LoopBody = Callable[[Parts, Parts], tuple[Parts, torch.Tensor]]
+# (body, carry, tensors with a leading dim of parts) -> (carry, the results stacked)
+Loop = Callable[[LoopBody, Parts, Parts], tuple[Parts, torch.Tensor]]
 
 
-def python_loop(
-    body: Callable[[Parts, Parts], tuple[Parts, torch.Tensor]], carry: Parts, parts: Parts
-) -> tuple[Parts, torch.Tensor]:
-    """A scan as a loop in Python."""
-    made = []
+def python_loop(body: LoopBody, carry: Parts, parts: Parts) -> tuple[Parts, torch.Tensor]:
+    """The loop as it is written."""
+    results = []
     for one in zip(*parts, strict=True):
         carry, result = body(carry, one)
-        made.append(result)
-    return carry, torch.stack(made)
+        results.append(result)
+    return carry, torch.stack(results)
 
 
 @dataclass(frozen=True)
@@ -89,24 +86,16 @@ class _ChunkedLoss(torch.autograd.Function):
         marks: Marks,
         chunks: LossChunks,
     ) -> torch.Tensor:
-        def one_chunk(head: torch.Tensor, total: torch.Tensor, parts: Parts) -> Parts:
-            """Loss, gradient of the head within each shard [S, V, D], gradient of the hidden states."""
-            x, target, weight = parts
-            x = marks(x, "chunk", "act_batch", "act_tokens", "act_embed")
-            loss, gradient = loss_and_gradient(project(x, head), target, weight, total)
-            gradient = marks(gradient, "grad_logits", "act_batch", "act_tokens", "act_vocab")
-            grad_x = marks(gradient @ head, "grad_chunk", "act_batch", "act_tokens", "act_embed")
-            grad_head = marks(gradient.mT @ x, "grad_head", "act_batch", "act_vocab", "act_embed")
-            return loss, grad_head.to(loss.dtype), grad_x
-
         def body(carry: Parts, parts: Parts) -> tuple[Parts, torch.Tensor]:
             loss, grad_head, head, total = carry
-            more_loss, more_grad_head, grad_x = one_chunk(head, total, parts)
+            more_loss, more_grad_head, grad_x = _one_chunk(parts, head, total, project, marks)
             return (loss + more_loss, grad_head + more_grad_head, head, total), grad_x
 
+        # Whole on every device that holds a part of V, before the loop. A product, because the sharding of a
+        # tensor that is an argument of the traced program cannot be stated anew.
         head = marks(head * 1, "head", "act_vocab", "act_embed")
         cut = [_cut(t, chunks) for t in (hidden, targets, weights)]
-        loss, grad_head, grad_x = one_chunk(head, total, tuple(t[0] for t in cut))
+        loss, grad_head, grad_x = _one_chunk(tuple(t[0] for t in cut), head, total, project, marks)
         grads = grad_x[None]
         if len(cut[0]) > 1:
             start, rest = (loss, grad_head, head, total), tuple(t[1:] for t in cut)
@@ -121,6 +110,23 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         grad_hidden, grad_head = ctx.saved_tensors
         return gradient * grad_hidden, gradient * grad_head, *[None] * 6
+
+
+def _one_chunk(
+    parts: Parts, head: torch.Tensor, total: torch.Tensor, project: Project, marks: Marks
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sum of the loss, gradient of the head within each shard [S, V, D], gradient of the hidden states.
+
+    parts: hidden states [S, N, D], targets and weights [S, N]. The gradients are those of the sum / total;
+    the head's is in float32 or wider, to be added up.
+    """
+    x, targets, weights = parts
+    x = marks(x, "chunk", "act_batch", "act_tokens", "act_embed")
+    loss, gradient = loss_and_gradient(project(x, head), targets, weights, total)
+    gradient = marks(gradient, "grad_logits", "act_batch", "act_tokens", "act_vocab")
+    grad_x = marks(gradient @ head, "grad_chunk", "act_batch", "act_tokens", "act_embed")
+    grad_head = marks(gradient.mT @ x, "grad_head", "act_batch", "act_vocab", "act_embed")
+    return loss, grad_head.to(loss.dtype), grad_x
 
 
 def loss_and_gradient(

@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-import torch_xla.core.xla_model as xm
 from torch_xla.experimental.scan import _scan_impl_pytree
 
 from tptrain.backends.base import Tensors
+from tptrain.models.loss import LoopBody, Parts
 
 # (x, parameters of one layer) -> x
 LayerFunction = Callable[[torch.Tensor, Tensors], torch.Tensor]
@@ -136,14 +136,11 @@ def scan_caches(function, x: torch.Tensor, stacked: Tensors, caches: list[torch.
         return _scan_impl_pytree(body, x, (list(stacked.values()), caches))
 
 
-def scan_parts(body, carry, parts):
-    """Run `body(carry, part) -> (carry, result)` over the leading dim of `parts`, without gradients."""
+def scan_parts(body: LoopBody, carry: Parts, parts: Parts) -> tuple[Parts, torch.Tensor]:
+    """Run `body(carry, part) -> (carry, result)` over the leading dim of `parts`, without gradients.
+
+    What all turns share belongs in `carry`: what the body closes over is computed in every turn again.
+    """
     with torch.no_grad():
-        return _scan_impl_pytree(body, carry, parts)
-
-
-def written(x: torch.Tensor) -> torch.Tensor:
-    """`x` as a tensor in memory, which no operation that uses it can fold into itself."""
-    x = x.clone()  # the barrier acts in place
-    xm.optimization_barrier_([x])
-    return x
+        looped: tuple[Parts, torch.Tensor] = _scan_impl_pytree(body, carry, parts)
+    return looped
