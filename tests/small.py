@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.func import functional_call
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tptrain.backends.base import Backend, HostShards, Tensors
 from tptrain.backends.shards import host_shards
 from tptrain.config import (
     DataSection,
+    LossSection,
     MeshSection,
     ModelSection,
     OptimSection,
@@ -32,6 +34,7 @@ from tptrain.config.planning import plan_recipe
 from tptrain.config.state_parts import PARAMS
 from tptrain.family import ParamRow
 from tptrain.mesh import shard_slices
+from tptrain.models.decoder import Decoder
 from tptrain.train.schedule import step_scalars
 
 Arrays = dict[str, np.ndarray]
@@ -198,6 +201,7 @@ def small_plan(
     optim: Mapping[str, Any] | None = None,
     format: str = "float32",
     trainable: Sequence[str] = ("*",),
+    chunk_tokens: int = 0,
 ) -> Plan:
     """The plan of a small run: ROWS rows of TOKENS tokens per micro-batch."""
     settings: dict[str, Any] = {"learning_rate": 2e-3, "weight_decay": 0.1, **(optim or {})}
@@ -212,6 +216,7 @@ def small_plan(
         schedule=ScheduleSection(max_steps=PLANNED_STEPS, warmup_steps=2),
         precision=PrecisionSection(compute=format, master=format),  # type: ignore[arg-type]
         remat=RematSection(policy=remat),  # type: ignore[arg-type]
+        loss=LossSection(chunk_tokens=chunk_tokens),
     )
     return plan_recipe(recipe, environ={})
 
@@ -236,6 +241,28 @@ def train_batch(step: int, accumulation: int = 1) -> Arrays:
         "positions": np.stack([part.positions for part in parts]),
         "segment_ids": segments,
     }
+
+
+def plain_loss_and_gradients(
+    decoder: Decoder, modules: Tensors, working: Tensors, inputs: Tensors
+) -> tuple[torch.Tensor, Tensors]:
+    """What `loss_and_gradients` computes, from all logits at once and by autograd.
+
+    Loss and gradients by buffer name; the padding of the vocabulary is cut off before the softmax.
+    """
+    total = inputs["weights"].sum().clamp(min=1.0)
+    losses = []
+    for micro in range(inputs["tokens"].shape[0]):
+        tokens, positions, segments, targets, weights = (
+            inputs[name][micro] for name in ("tokens", "positions", "segment_ids", "targets", "weights")
+        )
+        logits = functional_call(decoder, modules, (tokens, positions, segments))
+        logits = logits[..., : decoder.facts.vocab_size].flatten(0, 1)
+        likelihood = torch.nn.functional.cross_entropy(logits, targets.flatten().long(), reduction="none")
+        losses.append((likelihood * weights.flatten()).sum() / total)
+    loss = torch.stack(losses).sum()
+    gradients = torch.autograd.grad(loss, list(working.values()))
+    return loss.detach(), dict(zip(working, gradients, strict=True))
 
 
 def step_inputs(backend: Backend, plan: Plan, constants: Tensors, step: int) -> Tensors:

@@ -95,6 +95,16 @@ OVERRIDES = [
         ("remat.policy=ful",), mended=("remat.policy=full",),
     ),
     BadInput(
+        "chunks that do not divide the row",
+        "loss.chunk_tokens", "48", "must divide the tokens of a row", "data.seq_len=256", "32 or 64",
+        ("loss.chunk_tokens=48",), mended=("loss.chunk_tokens=32",),
+    ),
+    BadInput(
+        "a chunk longer than the row",
+        "loss.chunk_tokens", "512", "must divide the tokens of a row", "data.seq_len=256", "256",
+        ("loss.chunk_tokens=512",), mended=("loss.chunk_tokens=256",),
+    ),
+    BadInput(
         "not true or false",
         "export.enabled", "maybe", "must be true or false", "type: true or false", "true",
         ("export.enabled=maybe",), mended=("export.enabled=true",),

@@ -5,7 +5,7 @@ import pytest
 from tests.curves import journal_losses, reference_losses
 from tests.small_run import small_recipe
 from tptrain.backends.xla.capture import compile_count
-from tptrain.config import MeshSection, OptimSection, PrecisionSection, RematSection
+from tptrain.config import LossSection, MeshSection, OptimSection, PrecisionSection, RematSection
 from tptrain.config.planning import plan_recipe
 from tptrain.train.journal import read_journal
 from tptrain.train.run import train
@@ -32,7 +32,7 @@ def test_first_20_losses_equal_those_of_transformers(pretrained, records, refere
 def test_bfloat16_accumulation_and_remat_stay_near_the_float32_curve(
     pretrained, records, reference, tmp_path
 ):
-    """The 8B recipe's settings together: bfloat16 compute, full remat, micro-batches."""
+    """The 8B recipe's settings together: bfloat16 compute, full remat, micro-batches, a loss in chunks."""
     plan = plan_recipe(
         small_recipe(
             pretrained,
@@ -42,6 +42,7 @@ def test_bfloat16_accumulation_and_remat_stay_near_the_float32_curve(
             topology="cpu-8",
             precision=PrecisionSection(compute="bfloat16"),
             remat=RematSection(policy="full"),
+            loss=LossSection(chunk_tokens=24),
             optim=OptimSection(learning_rate=2e-3, weight_decay=0.1, accumulation=2),
         )
     )
@@ -52,9 +53,11 @@ def test_bfloat16_accumulation_and_remat_stay_near_the_float32_curve(
     assert read_journal(tmp_path / "run" / "journal.jsonl")[-1].compiles == compile_count()
 
 
-def test_accumulation_in_float32_is_the_same_curve(pretrained, records, reference, tmp_path):
+def test_accumulation_and_chunks_in_float32_are_the_same_curve(pretrained, records, reference, tmp_path):
     optim = OptimSection(learning_rate=2e-3, weight_decay=0.1, accumulation=2)
     mesh = MeshSection(fsdp=4, tensor=2)
-    asked = small_recipe(pretrained, records, tmp_path / "run", mesh, topology="cpu-8", optim=optim)
-    train(plan_recipe(asked))
+    sections = {"optim": optim, "loss": LossSection(chunk_tokens=32)}
+    train(
+        plan_recipe(small_recipe(pretrained, records, tmp_path / "run", mesh, topology="cpu-8", **sections))
+    )
     assert journal_losses(tmp_path / "run") == pytest.approx(reference, rel=1e-4)

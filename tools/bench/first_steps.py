@@ -107,12 +107,19 @@ def cores() -> list[int]:
 
 
 def print_machine(args: argparse.Namespace) -> None:
-    versions = ", ".join(f"{name} {version(name)}" for name in _VERSIONED)
-    cpus, load = f"{os.cpu_count()} CPUs ({processor()})", os.getloadavg()[0]
-    print(f"Machine: {cpus}, {args.threads} used; load {load:.1f} before the start; no accelerator.")
-    print(f"Versions: Python {platform.python_version()}, {versions}.")
+    print(machine_text(args.threads))
     tokens = args.rows * 128
     print(f"Runs: {args.pairs} x A B, {args.steps} steps of {tokens:,} tokens, float32.", flush=True)
+
+
+def machine_text(threads: int) -> str:
+    """Two lines: the machine, with the cores that a benchmark uses of it, and the versions."""
+    versions = ", ".join(f"{name} {version(name)}" for name in _VERSIONED)
+    cpus, load = f"{os.cpu_count()} CPUs ({processor()})", os.getloadavg()[0]
+    return (
+        f"Machine: {cpus}, {threads} used; load {load:.1f} before the start; no accelerator.\n"
+        f"Versions: Python {platform.python_version()}, {versions}."
+    )
 
 
 def processor() -> str:

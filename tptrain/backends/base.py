@@ -16,10 +16,12 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
+from tptrain.config.plan import Plan
 from tptrain.config.state_parts import PARAMS
 from tptrain.family.table import ParamRow, stored_rows
 from tptrain.mesh import Spec
 from tptrain.models.decoder import Decoder
+from tptrain.models.loss import LossChunks
 
 TORCH_DTYPES = {
     "float64": torch.float64,
@@ -99,6 +101,12 @@ class Layout:
             spec = specs[rows[0].name]
             buffers.append(Buffer(name, tuple(rows), in_layers, ((), *spec) if in_layers else spec))
         return Layout(buffers)
+
+
+def meta_decoder(plan: Plan) -> Decoder:
+    """The plan's model without weights, before a backend's own passes."""
+    with torch.device("meta"):
+        return Decoder(plan.facts, plan.padded_vocab, LossChunks(plan.loss_chunk_tokens, plan.batch_shards))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from tptrain.backends.base import TORCH_DTYPES, Layout, StepFunction, Tensors, TensorSource
+from tptrain.backends.base import TORCH_DTYPES, Layout, StepFunction, Tensors, TensorSource, meta_decoder
 from tptrain.backends.shards import read_buffer_shards
 from tptrain.config.plan import Plan
 from tptrain.config.state_parts import PARAMS
@@ -62,8 +62,7 @@ class TorchBackend:
         self.layout = self.layouts[PARAMS]
 
     def decoder(self) -> Decoder:
-        with torch.device("meta"):
-            decoder = Decoder(self.plan.facts, self.plan.padded_vocab)
+        decoder = meta_decoder(self.plan)
         if self.plan.recipe.remat.policy == "full":
             assert isinstance(decoder.model.layers, LayerList)
             decoder.model.layers = CheckpointedLayers(decoder.model.layers)

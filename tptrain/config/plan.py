@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from tptrain.config.loss_chunks import chunk_tokens
 from tptrain.config.schema import Recipe
 from tptrain.config.state_parts import StatePart, state_parts
 from tptrain.family import ModelFacts, ParamRow
 from tptrain.mesh import MeshShape, RuleTable, Spec
+from tptrain.mesh.rules import split_count
 from tptrain.topology import Topology
 
 
@@ -56,5 +58,22 @@ class Plan:
         return state_parts(self.table, self.specs, self.recipe.optim)
 
     @property
+    def device_rows(self) -> int:
+        """Rows of a micro-batch on each device."""
+        return self.micro_rows // self.batch_shards
+
+    @property
     def padded_vocab(self) -> int:
         return next(row.padded_size[row.dims.index("vocab")] for row in self.table if "vocab" in row.dims)
+
+    @property
+    def logits_token_bytes(self) -> int:
+        """Bytes that a device needs for the float32 logits of one token of each of its rows."""
+        pieces = split_count(self.rules.acts["act_vocab"] or (), self.mesh.axis_sizes)
+        return 4 * self.device_rows * self.padded_vocab // pieces
+
+    @property
+    def loss_chunk_tokens(self) -> int:
+        """Tokens of every row whose logits are held at a time; they divide the row."""
+        asked = self.recipe.loss.chunk_tokens
+        return asked or chunk_tokens(self.recipe.data.seq_len, self.logits_token_bytes)

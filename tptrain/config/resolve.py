@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tptrain.config.loss_chunks import chunk_problems
 from tptrain.config.mesh_checks import (
     ChosenMesh,
     ShardingCase,
@@ -62,6 +63,7 @@ def parts_of(recipe: Recipe, topology: Topology | None, at_hand: ConfigsAtHand |
     rules, rules_problems = choose_rules(recipe.mesh)
     problems = [
         *recipe_problems(recipe),
+        *chunk_problems(recipe),
         *(model.problems if model else ()),
         *_backend_problems(recipe, topology),
         *(mesh.problems if mesh else ()),

@@ -155,6 +155,15 @@ class RematSection:
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class LossSection:
+    """How the loss is computed; its value does not depend on it."""
+
+    chunk_tokens: int = Field(default=0, ge=0)
+    """Tokens of every row whose logits are computed at a time; it divides data.seq_len. 0: as many as take
+    about 2 GiB in float32 on a device; the plan names them."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class CompilerSection:
     """How XLA compiles for TPUs."""
 
@@ -252,6 +261,7 @@ class Recipe:
     schedule: ScheduleSection = Field(default_factory=ScheduleSection)
     precision: PrecisionSection = Field(default_factory=PrecisionSection)
     remat: RematSection = Field(default_factory=RematSection)
+    loss: LossSection = Field(default_factory=LossSection)
     compiler: CompilerSection = Field(default_factory=CompilerSection)
     save: SaveSection = Field(default_factory=SaveSection)
     export: ExportSection = Field(default_factory=ExportSection)

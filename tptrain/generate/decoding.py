@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.func import functional_call
 
 from tptrain.backends.base import TORCH_DTYPES, Backend, CompiledStep, Tensors
 from tptrain.config.plan import Plan
 from tptrain.errors import refuse
 from tptrain.mesh import Spec, spec_of
 from tptrain.models.attention import KVCache
-from tptrain.models.decoder import Decoder
+from tptrain.models.calling import call_method
 
 # Steps between two looks at whether every row has ended; each look waits for the device.
 _STEPS_BETWEEN_LOOKS = 16
@@ -177,19 +176,4 @@ class Generator:
         dtype = TORCH_DTYPES[self._plan.recipe.precision.compute]
         modules = {n[len("params/") :]: t.to(dtype) for n, t in inputs.items() if n.startswith("params/")}
         modules |= {name: inputs[name] for name in self._constants}
-        return functional_call(_Method(self._decoder, method), _prefixed(modules), arguments)
-
-
-class _Method(torch.nn.Module):
-    """A module whose forward is another method of `decoder`, so that `functional_call` can reach it."""
-
-    def __init__(self, decoder: Decoder, method: str):
-        super().__init__()
-        self.decoder, self._method = decoder, method
-
-    def forward(self, *arguments: Any) -> Any:
-        return getattr(self.decoder, self._method)(*arguments)
-
-
-def _prefixed(modules: Tensors) -> Tensors:
-    return {f"decoder.{name}": tensor for name, tensor in modules.items()}
+        return call_method(self._decoder, method, modules, arguments)

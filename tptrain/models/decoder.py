@@ -22,6 +22,7 @@ from tptrain.models.attention import (
     weighted_values,
     write_cache,
 )
+from tptrain.models.loss import LossChunks, mean_loss
 from tptrain.models.marks import Marks
 from tptrain.models.norms import RMSNorm
 from tptrain.models.rope import inverse_frequencies, rotate, rotation
@@ -148,12 +149,16 @@ class Decoder(nn.Module):
 
     padded_vocab: rows of the embedding and of the head in memory, at least facts.vocab_size; the logits of
     the padding are the lowest finite number, so no probability ever falls on it.
+    loss_chunks:  how `mean_loss` walks over a batch; None: all its logits at once.
     """
 
-    def __init__(self, facts: ModelFacts, padded_vocab: int | None = None):
+    def __init__(
+        self, facts: ModelFacts, padded_vocab: int | None = None, loss_chunks: LossChunks | None = None
+    ):
         super().__init__()
         self.facts = facts
         self.padded_vocab = padded_vocab or facts.vocab_size
+        self.loss_chunks = loss_chunks
         self.marks = Marks()
         self.model = Body(facts, self.padded_vocab, self.marks)
         if not facts.tie_word_embeddings:
@@ -170,9 +175,32 @@ class Decoder(nn.Module):
         self, tokens: torch.Tensor, positions: torch.Tensor, segment_ids: torch.Tensor
     ) -> torch.Tensor:
         """Logits [B, T, V] in the format of the parameters; all inputs are integers [B, T]."""
+        return self.logits(self.hidden(tokens, positions, segment_ids))
+
+    def hidden(
+        self, tokens: torch.Tensor, positions: torch.Tensor, segment_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Hidden states [B, T, D] after the final norm; all inputs are integers [B, T]."""
         masks = {window: causal_mask(segment_ids, window) for window in self._windows()}
-        x, _ = self._run(tokens, positions, masks, None)
-        return self.logits(x)
+        return self._run(tokens, positions, masks, None)[0]
+
+    def mean_loss(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        segment_ids: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+        total: torch.Tensor,
+    ) -> torch.Tensor:
+        """Sum over tokens of weight x negative log-likelihood, over the scalar `total`.
+
+        The logits of all tokens never exist together unless `loss_chunks` is None.
+        """
+        hidden = self.hidden(tokens, positions, segment_ids)
+        chunks = self.loss_chunks or LossChunks(tokens.shape[1])
+        head = self.head_weight
+        return mean_loss(hidden, head, targets, weights, total, self.project, self.marks, chunks)
 
     def forward_cached(
         self, tokens: torch.Tensor, positions: torch.Tensor, caches: Sequence[KVCache]
@@ -194,10 +222,19 @@ class Decoder(nn.Module):
         x, caches = self.model.layers(x, LayerContext(cos, sin, masks, positions), caches)
         return self.model.norm(x), caches
 
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """[V, D]: from hidden states to logits."""
+        head = self.model.embed_tokens if self.facts.tie_word_embeddings else self.lm_head
+        return head.weight
+
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Hidden states [..., D] -> logits [..., V]."""
-        head = self.model.embed_tokens if self.facts.tie_word_embeddings else self.lm_head
-        logits = F.linear(x, head.weight)
+        return self.project(x, self.head_weight)
+
+    def project(self, x: torch.Tensor, head_weight: torch.Tensor) -> torch.Tensor:
+        """The same with a head [V, D] of the caller's."""
+        logits = F.linear(x, head_weight)
         if logits.ndim == 3:
             logits = self.marks(logits, "logits", "act_batch", "act_tokens", "act_vocab")
         if self.padded_vocab == self.facts.vocab_size:

@@ -56,7 +56,7 @@ def run_sentences(plan: Plan) -> list[str]:
     slices = f", {topology.num_slices} slices" if topology.num_slices > 1 else ""
     rows, tokens = recipe.data.batch_rows, recipe.data.batch_rows * recipe.data.seq_len
     split = f", {recipe.optim.accumulation} micro-batches" if recipe.optim.accumulation > 1 else ""
-    per_device = plan.micro_rows // plan.batch_shards
+    per_device = plan.device_rows
     model, weights = recipe.model, "random initialisation"
     if model.pretrained is not None:
         weights = f"weights from {model.pretrained}"
@@ -68,10 +68,22 @@ def run_sentences(plan: Plan) -> list[str]:
         f"Data: {recipe.data.path} ({recipe.data.preset}), seed {recipe.data.seed}.",
         f"Step: {rows} rows x {recipe.data.seq_len} = {tokens:,} tokens{split}; {per_device}"
         f" {'row' if per_device == 1 else 'rows'} at a time on each device.",
+        _loss_sentence(plan),
         f"Schedule: {_length(plan)}, peak learning rate {shown(recipe.optim.learning_rate)},"
         f" {recipe.schedule.warmup_steps} warm-up steps, then {recipe.schedule.kind}.",
         f"Output: {plan.output_dir}; export: {plan.export_dir or 'none'}.",
     ]
+
+
+def _loss_sentence(plan: Plan) -> str:
+    chunk, seq_len = plan.loss_chunk_tokens, plan.recipe.data.seq_len
+    logits = bytes_text(chunk * plan.logits_token_bytes)
+    if chunk == seq_len:
+        return f"Loss: all {seq_len} tokens of a row at once, {logits} of float32 logits on each device."
+    return (
+        f"Loss: {chunk} tokens of a row at a time, in {seq_len // chunk} chunks,"
+        f" {logits} of float32 logits on each device."
+    )
 
 
 def _length(plan: Plan) -> str:
@@ -168,7 +180,8 @@ def plan_json(plan: Plan, found: Estimate | None = None) -> dict[str, Any]:
         "facts": dataclasses.asdict(plan.facts),
         "hf_config": dict(plan.hf_config),
         "micro_rows": plan.micro_rows,
-        "rows_per_device": plan.micro_rows // plan.batch_shards,
+        "loss_chunk_tokens": plan.loss_chunk_tokens,
+        "rows_per_device": plan.device_rows,
         "tokens_per_step": plan.recipe.data.batch_rows * plan.recipe.data.seq_len,
         "padded_vocab": plan.padded_vocab,
         "num_parameters": num_parameters(plan),

@@ -44,6 +44,7 @@ MEANINGS: tuple[tuple[str, Change], ...] = (
     ("mesh.", Change.TOLD),
     ("backend", Change.TOLD),
     ("remat.policy", Change.TOLD),
+    ("loss.chunk_tokens", Change.TOLD),
     ("eval.", Change.SILENT),
     ("export.", Change.SILENT),
     ("save.", Change.SILENT),

@@ -1,20 +1,19 @@
 """The train step: a pure function (state, inputs) -> (state, outputs) in plain PyTorch.
 
 Every backend runs this same function; the XLA backend traces it once and replays what it compiled.
-Shapes: A micro-batches, B rows of each, T tokens, V vocab.
+Shapes: A micro-batches, B rows of each, T tokens.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from torch.func import functional_call
 
 from tptrain.backends.base import TORCH_DTYPES, Backend, Layout, StepFunction, Tensors
 from tptrain.config.plan import Plan
 from tptrain.config.schema import Recipe
+from tptrain.models.calling import call_method
 from tptrain.models.decoder import Decoder
-from tptrain.models.loss import loss_sum
 from tptrain.train.optimizers import OPTIMIZERS
 from tptrain.train.schedule import step_scalars
 from tptrain.train.state import HALTED, join_parts, part_of
@@ -28,6 +27,8 @@ BATCH_DTYPES = {
     "segment_ids": np.int32,
 }
 BATCH_NAMES = tuple(BATCH_DTYPES)
+# The same in the order of `Decoder.mean_loss`.
+LOSS_NAMES = ("tokens", "positions", "segment_ids", "targets", "weights")
 
 
 def prepare_step(backend: Backend, plan: Plan) -> tuple[StepFunction, Tensors]:
@@ -93,9 +94,8 @@ def loss_and_gradients(
     losses, sums = [], None
     for micro in range(inputs["tokens"].shape[0]):
         batch = {name: inputs[name][micro] for name in BATCH_NAMES}
-        arguments = (batch["tokens"], batch["positions"], batch["segment_ids"])
-        logits = functional_call(decoder, modules, arguments)
-        loss = loss_sum(logits, batch["targets"], batch["weights"]) / total
+        arguments = (*(batch[name] for name in LOSS_NAMES), total)
+        loss = call_method(decoder, "mean_loss", modules, arguments)
         gradients = torch.autograd.grad(loss, list(working.values()))
         wide = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in gradients]
         sums = wide if sums is None else [s + g for s, g in zip(sums, wide, strict=True)]

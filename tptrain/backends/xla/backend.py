@@ -19,6 +19,7 @@ from tptrain.backends.base import (
     StepFunction,
     Tensors,
     TensorSource,
+    meta_decoder,
 )
 from tptrain.backends.shards import read_buffer_shards
 from tptrain.backends.xla.capture import CapturedStep, compile_count
@@ -51,8 +52,7 @@ class XlaBackend:
         self.layout = self.layouts[PARAMS]
 
     def decoder(self) -> Decoder:
-        with torch.device("meta"):
-            decoder = Decoder(self.plan.facts, self.plan.padded_vocab)
+        decoder = meta_decoder(self.plan)
         apply_passes(decoder, self.layout, self.mesh, self.plan.rules, self.plan.recipe.remat.policy)
         return decoder
 

@@ -19,6 +19,7 @@ import torch
 from torch_xla.experimental.scan import _scan_impl_pytree
 
 from tptrain.backends.base import Tensors
+from tptrain.models.loss import LoopBody, Parts
 
 # (x, parameters of one layer) -> x
 LayerFunction = Callable[[torch.Tensor, Tensors], torch.Tensor]
@@ -138,3 +139,13 @@ def scan_caches(function, x: torch.Tensor, stacked: Tensors, caches: list[torch.
 
     with torch.no_grad():
         return _scan_impl_pytree(body, x, (list(stacked.values()), caches))
+
+
+def scan_parts(body: LoopBody, carry: Parts, parts: Parts) -> tuple[Parts, torch.Tensor]:
+    """Run `body(carry, part) -> (carry, result)` over the leading dim of `parts`, without gradients.
+
+    What all turns share belongs in `carry`: what the body closes over is computed in every turn again.
+    """
+    with torch.no_grad():
+        looped: tuple[Parts, torch.Tensor] = _scan_impl_pytree(body, carry, parts)
+    return looped
