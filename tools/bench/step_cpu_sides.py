@@ -28,7 +28,7 @@ from tptrain.config import (
 from tptrain.config.planning import plan_recipe
 from tptrain.mesh import AXES
 from tptrain.train.schedule import step_scalars
-from tptrain.train.state import PARTS, fresh_state, state_specs
+from tptrain.train.state import fresh_state, state_specs
 from tptrain.train.step import make_train_step
 from tptrain.weights import RandomSource
 
@@ -176,12 +176,12 @@ class JaxSide:
         specs = {name: P(*(axes or None for axes in buffer.spec)) for name, buffer in buffers.items()}
         decays = {name: buffer.decay for name, buffer in buffers.items()}
         self._function = make_step(plan.facts, plan.recipe.optim, self._mesh, specs, decays)
-        self._state: dict[str, Any] = {part: {} for part in PARTS}
+        self._state: dict[str, Any] = {part: {} for part in plan.parts}
         for name, buffer in buffers.items():
             whole = [source(plan).read(row, tuple(slice(0, n) for n in row.size)) for row in buffer.rows]
             array = (torch.stack(whole) if buffer.stacked else whole[0]).float().numpy()
             sharding = NamedSharding(self._mesh, specs[name])
-            for part in PARTS:
+            for part in plan.parts:
                 values = array if part == "params" else np.zeros_like(array)
                 self._state[part][name] = jax.device_put(values, sharding)
         self._step = 0

@@ -91,7 +91,7 @@ def mlir_module(proto: bytes, donated: Sequence[int]) -> bytes:
     text: str = _xla._xla.mlir.xla_computation_to_mlir_module(_xla.XlaComputation(proto))
     with jax_mlir.make_ir_context():
         module = ir.Module.parse(text)
-        main = ir.SymbolTable(module.operation)["main"]
+        main: Any = ir.SymbolTable(module.operation)["main"]
         attributes = [{item.name: item.attr for item in argument} for argument in main.attributes[_ARGUMENTS]]
         for number in donated:
             attributes[number]["jax.buffer_donor"] = ir.BoolAttr.get(True)
