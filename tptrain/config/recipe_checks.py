@@ -27,6 +27,7 @@ def recipe_problems(recipe: Recipe) -> list[Problem]:
         *_data_problems(recipe),
         *_schedule_problems(recipe),
         *_precision_problems(recipe),
+        *_remat_problems(recipe),
         *_keep_best_problems(recipe),
     ]
 
@@ -123,6 +124,14 @@ def _precision_problems(recipe: Recipe) -> list[Problem]:
         fix = "float32, or precision.master=float64"
         problems.append(Problem("precision.compute", compute, rule, other, fix))
     return problems
+
+
+def _remat_problems(recipe: Recipe) -> list[Problem]:
+    policy = recipe.remat.policy
+    if recipe.backend != "torch" or policy in ("none", "full"):
+        return []
+    rule, fix = "needs the XLA backend", "none or full, or backend=xla"
+    return [Problem("remat.policy", policy, rule, "backend=torch", fix)]
 
 
 def _keep_best_problems(recipe: Recipe) -> list[Problem]:

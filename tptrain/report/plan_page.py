@@ -54,6 +54,7 @@ def run_sentences(plan: Plan) -> list[str]:
         f"Data: {recipe.data.path} ({recipe.data.preset}), seed {recipe.data.seed}.",
         f"Step: {rows} rows x {recipe.data.seq_len} = {tokens:,} tokens{split}; {per_device}"
         f" {'row' if per_device == 1 else 'rows'} at a time on each device.",
+        f"Attention: {_attention(plan)}.",
         f"Schedule: {_length(plan)}, peak learning rate {shown(recipe.optim.learning_rate)},"
         f" {recipe.schedule.warmup_steps} warm-up steps, then {recipe.schedule.kind}.",
         f"Output: {plan.output_dir}; export: {plan.export_dir or 'none'}.",
@@ -65,6 +66,10 @@ def _length(plan: Plan) -> str:
     if schedule.max_steps is not None:
         return f"{schedule.max_steps:,} steps"
     return f"{shown(schedule.epochs)} epochs (steps are counted when the records are read)"
+
+
+def _attention(plan: Plan) -> str:
+    return f"splash kernel, {plan.splash.describe()}" if plan.splash else "plain, every score in memory"
 
 
 def size_sentences(plan: Plan) -> list[str]:
@@ -143,6 +148,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "rules": plan.rules.name,
         "facts": dataclasses.asdict(plan.facts),
         "hf_config": dict(plan.hf_config),
+        "attention": "splash" if plan.splash else "plain",
+        "splash_blocks": dataclasses.asdict(plan.splash) if plan.splash else None,
         "micro_rows": plan.micro_rows,
         "rows_per_device": plan.micro_rows // plan.batch_shards,
         "tokens_per_step": plan.recipe.data.batch_rows * plan.recipe.data.seq_len,

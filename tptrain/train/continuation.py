@@ -41,6 +41,7 @@ MEANINGS: tuple[tuple[str, Change], ...] = (
     ("mesh.", Change.TOLD),
     ("backend", Change.TOLD),
     ("remat.policy", Change.TOLD),
+    ("kernels.", Change.TOLD),
     ("eval.", Change.SILENT),
     ("export.", Change.SILENT),
     ("save.", Change.SILENT),

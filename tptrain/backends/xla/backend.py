@@ -24,6 +24,7 @@ from tptrain.backends.shards import read_buffer_shards
 from tptrain.backends.xla.capture import CapturedStep, compile_count
 from tptrain.backends.xla.passes import apply_passes
 from tptrain.backends.xla.sharding import DeviceMesh
+from tptrain.backends.xla.splash import SplashKernel
 from tptrain.config.plan import Plan
 from tptrain.mesh import Spec, shard_slices, spec_of
 from tptrain.models.decoder import Decoder
@@ -49,7 +50,10 @@ class XlaBackend:
     def decoder(self) -> Decoder:
         with torch.device("meta"):
             decoder = Decoder(self.plan.facts, self.plan.padded_vocab)
-        apply_passes(decoder, self.layout, self.mesh, self.plan.rules, self.plan.recipe.remat.policy)
+        plan, splash = self.plan, None
+        if plan.splash is not None:
+            splash = SplashKernel(self.mesh, plan.rules.acts, plan.splash)
+        apply_passes(decoder, self.layout, self.mesh, plan.rules, plan.recipe.remat.policy, splash)
         return decoder
 
     def place(self, source: TensorSource) -> Tensors:
