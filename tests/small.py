@@ -19,6 +19,7 @@ from tptrain.backends.base import Backend, HostShards, Tensors
 from tptrain.backends.shards import host_shards
 from tptrain.config import (
     DataSection,
+    KernelsSection,
     MeshSection,
     ModelSection,
     OptimSection,
@@ -197,6 +198,7 @@ def small_plan(
     optim: Mapping[str, Any] | None = None,
     format: str = "float32",
     length: int = TOKENS,
+    attention: str = "auto",
 ) -> Plan:
     """The plan of a small run: ROWS rows of `length` tokens per micro-batch."""
     settings: dict[str, Any] = {"learning_rate": 2e-3, "weight_decay": 0.1, **(optim or {})}
@@ -211,6 +213,7 @@ def small_plan(
         schedule=ScheduleSection(max_steps=PLANNED_STEPS, warmup_steps=2),
         precision=PrecisionSection(compute=format, master=format),  # type: ignore[arg-type]
         remat=RematSection(policy=remat),  # type: ignore[arg-type]
+        kernels=KernelsSection(attention=attention),  # type: ignore[arg-type]
     )
     return plan_recipe(recipe, environ={})
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from tests.device_process import open_devices
+
+# The Pallas interpreter turns a kernel into a large program that runs for milliseconds here: most of the time
+# would go into optimizing it.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 
 open_devices(8)
 

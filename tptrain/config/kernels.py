@@ -38,7 +38,7 @@ class SplashBlocks:
 
     def describe(self) -> str:
         backward = "one backward kernel" if self.fused_backward else "two backward kernels"
-        return f"{self.query} queries x {self.key} keys a tile, {self.key_compute} at a time, {backward}"
+        return f"{self.query} queries x {self.key} keys a tile, {self.key_compute} keys at a time, {backward}"
 
 
 @dataclass(frozen=True)

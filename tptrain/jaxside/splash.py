@@ -10,9 +10,9 @@ groups of N / K neighbours; the kernel reads each kv head where it is, and nothi
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ from tptrain.jaxside.lowering import Platform, lower_to_hlo
 
 @dataclass(frozen=True)
 class SplashCall:
-    """One attention call as one device sees it: everything the program depends on.
+    """One attention call as one device sees it: everything that its program depends on.
 
     dtype:    of queries, keys and values, by its name in numpy ("bfloat16").
     scale, window, soft_cap: as in `tptrain.models.attention.AttentionKind`.
@@ -56,55 +56,84 @@ class SplashCall:
     blocks: SplashBlocks
     platform: Platform
 
+    @property
+    def query(self) -> jax.ShapeDtypeStruct:
+        shape = (self.batch, self.tokens, self.heads, self.head_dim)
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(self.dtype))
+
+    @property
+    def key(self) -> jax.ShapeDtypeStruct:
+        shape = (self.batch, self.tokens, self.kv_heads, self.head_dim)
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(self.dtype))
+
+    @property
+    def ids(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((self.batch, self.tokens), jnp.int32)
+
+    @property
+    def logsumexp(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((self.batch, self.heads, self.tokens), jnp.float32)
+
 
 @cache
-def forward_hlo(call: SplashCall) -> bytes:
-    """(query [B, T, N, H], key [B, T, K, H], value, segment_ids int32 [B, T]) -> (attended, logsumexp).
+def splash_forward_hlo(call: SplashCall) -> bytes:
+    """The module of (query [B, T, N, H], key [B, T, K, H], value, ids [B, T]) -> (attended, logsumexp).
 
-    attended is [B, T, N, H] in the format of the queries, logsumexp float32 [B, N, T].
+    attended is like the query, logsumexp float32 [B, N, T], ids int32.
     """
-    kernel = _kernel(call)
-
-    def row(query: jax.Array, key: jax.Array, value: jax.Array, ids: jax.Array) -> tuple[jax.Array, ...]:
-        attended, (logsumexp,) = kernel(_scaled(query, call), key, value, SegmentIds(ids, ids))
-        return attended, logsumexp
-
-    def forward(query: jax.Array, key: jax.Array, value: jax.Array, ids: jax.Array) -> tuple[jax.Array, ...]:
-        heads_first = (_swapped(x) for x in (query, key, value))
-        attended, logsumexp = jax.vmap(row)(*heads_first, ids)
-        return _swapped(attended), logsumexp
-
-    return _lower(forward, call, _inputs(call))
+    return _lower(partial(_forward, call), call, [call.query, call.key, call.key, call.ids])
 
 
 @cache
-def backward_hlo(call: SplashCall) -> bytes:
-    """(query, key, value, segment_ids, attended, logsumexp, gradient of attended) -> gradients of the first 3."""
+def splash_backward_hlo(call: SplashCall) -> bytes:
+    """The module of (query, key, value, ids, attended, logsumexp, gradient of attended) -> 3 gradients."""
+    given = [call.query, call.key, call.key, call.ids, call.query, call.logsumexp, call.query]
+    return _lower(partial(_backward, call), call, given)
+
+
+def _forward(
+    call: SplashCall, query: jax.Array, key: jax.Array, value: jax.Array, ids: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     kernel = _kernel(call)
 
-    def row(query, key, value, ids, attended, logsumexp, gradient):  # type: ignore[no-untyped-def]
-        residuals = (
-            *(_scaled(query, call), key, value, SegmentIds(ids, ids), None, attended, logsumexp),
-            *(kernel.dq_mask_info, kernel.dkv_mask_info),
-        )
-        gradients = _splash_attention_bwd(**kernel.kwargs, res=residuals, do=gradient)
-        d_query, d_key, d_value = gradients[3:6]
-        return _scaled(d_query, call), d_key, d_value
+    def one_row(query: jax.Array, key: jax.Array, value: jax.Array, ids: jax.Array) -> list[jax.Array]:
+        attended, (logsumexp,) = kernel(query, key, value, SegmentIds(ids, ids))
+        return [attended, logsumexp]
 
-    def backward(query, key, value, ids, attended, logsumexp, gradient):  # type: ignore[no-untyped-def]
-        query, key, value, attended, gradient = map(_swapped, (query, key, value, attended, gradient))
-        gradients = jax.vmap(row)(query, key, value, ids, attended, logsumexp, gradient)
-        return tuple(map(_swapped, gradients))
+    query, key, value = _scaled(_swapped(query), call), _swapped(key), _swapped(value)
+    attended, logsumexp = jax.vmap(one_row)(query, key, value, ids)
+    return _swapped(attended), logsumexp
 
-    saved = _struct(call, call.heads), jax.ShapeDtypeStruct((call.batch, call.heads, call.tokens), jnp.float32)
-    return _lower(backward, call, [*_inputs(call), *saved, _struct(call, call.heads)])
+
+def _backward(
+    call: SplashCall,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    ids: jax.Array,
+    attended: jax.Array,
+    logsumexp: jax.Array,
+    gradient: jax.Array,
+) -> tuple[jax.Array, ...]:
+    kernel = _kernel(call)
+    masks = (kernel.dq_mask_info, kernel.dkv_mask_info)
+
+    def one_row(query, key, value, ids, attended, logsumexp, gradient):  # type: ignore[no-untyped-def]
+        no_sinks = None
+        saved = (query, key, value, SegmentIds(ids, ids), no_sinks, attended, logsumexp, *masks)
+        # The result lists the forward call's arguments: the masks, query, key, value, ...
+        return _splash_attention_bwd(**kernel.kwargs, res=saved, do=gradient)[3:6]
+
+    query, key, value = _scaled(_swapped(query), call), _swapped(key), _swapped(value)
+    given = (query, key, value, ids, _swapped(attended), logsumexp, _swapped(gradient))
+    of_query, of_key, of_value = jax.vmap(one_row)(*given)
+    return _swapped(_scaled(of_query, call)), _swapped(of_key), _swapped(of_value)
 
 
 def _kernel(call: SplashCall) -> SplashAttentionKernel:
     shape = (call.tokens, call.tokens)
-    if call.window is None:
-        mask: CausalMask | LocalMask = CausalMask(shape)
-    else:
+    mask: CausalMask | LocalMask = CausalMask(shape)
+    if call.window is not None:
         mask = LocalMask(shape, window_size=(call.window - 1, 0), offset=0)
     return make_splash_mha(
         mask=MultiHeadMask([mask] * call.heads),
@@ -118,7 +147,7 @@ def _kernel(call: SplashCall) -> SplashAttentionKernel:
 
 
 def _block_sizes(blocks: SplashBlocks) -> BlockSizes:
-    # The kernel for the queries' gradient has no inner loop over a tile's keys; the fused one takes its place.
+    # The separate kernel for the queries' gradient works on a whole tile of keys at a time.
     separate = not blocks.fused_backward
     return BlockSizes(
         block_q=blocks.query,
@@ -133,16 +162,6 @@ def _block_sizes(blocks: SplashBlocks) -> BlockSizes:
     )
 
 
-def _inputs(call: SplashCall) -> list[jax.ShapeDtypeStruct]:
-    kv = _struct(call, call.kv_heads)
-    ids = jax.ShapeDtypeStruct((call.batch, call.tokens), jnp.int32)
-    return [_struct(call, call.heads), kv, kv, ids]
-
-
-def _struct(call: SplashCall, heads: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((call.batch, call.tokens, heads, call.head_dim), jnp.dtype(call.dtype))
-
-
 def _swapped(x: jax.Array) -> jax.Array:
     """[B, T, N, H] <-> [B, N, T, H]."""
     return x.swapaxes(1, 2)
@@ -152,7 +171,10 @@ def _scaled(x: jax.Array, call: SplashCall) -> jax.Array:
     return (x * call.scale).astype(x.dtype)
 
 
-def _lower(function: Any, call: SplashCall, arguments: list[jax.ShapeDtypeStruct]) -> bytes:
+def _lower(
+    function: Callable[..., object], call: SplashCall, arguments: Sequence[jax.ShapeDtypeStruct]
+) -> bytes:
+    # By default a TPU rounds the operands of a float32 product to bfloat16.
     precision = "highest" if call.dtype == "float32" else "default"
     with jax.default_matmul_precision(precision):
         return lower_to_hlo(function, arguments, call.platform)

@@ -13,6 +13,7 @@ import torch
 
 from tptrain.models.marks import Marks
 
+
 @dataclass(frozen=True)
 class AttentionKind:
     """The numbers of one layer's attention.

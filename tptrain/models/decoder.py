@@ -108,7 +108,9 @@ class Block(nn.Module):
     def forward(
         self, x: torch.Tensor, context: LayerContext, cache: KVCache | None = None
     ) -> tuple[torch.Tensor, KVCache]:
-        attended, cache = self.self_attn(self._mark(self.input_layernorm(x), "attention_input"), context, cache)
+        attended, cache = self.self_attn(
+            self._mark(self.input_layernorm(x), "attention_input"), context, cache
+        )
         x = self._mark(x + attended, "after_attention")
         x = x + self.mlp(self._mark(self.post_attention_layernorm(x), "mlp_input"))
         return self._mark(x, "after_mlp"), cache

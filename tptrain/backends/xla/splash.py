@@ -17,7 +17,7 @@ from tptrain.backends.xla.jax_call import traced_call
 from tptrain.backends.xla.sharding import DeviceMesh
 from tptrain.config.kernels import SplashBlocks
 from tptrain.jaxside.lowering import Platform
-from tptrain.jaxside.splash import SplashCall, backward_hlo, forward_hlo
+from tptrain.jaxside.splash import SplashCall, splash_backward_hlo, splash_forward_hlo
 from tptrain.mesh.rules import Rule, spec_of
 from tptrain.models.attention import AttentionCore, AttentionKind, CoreFactory
 from tptrain.models.marks import Marks
@@ -45,11 +45,16 @@ class SplashKernel:
     platform: Platform = "tpu"
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor, kind: AttentionKind
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        ids: torch.Tensor,
+        kind: AttentionKind,
     ) -> list[torch.Tensor]:
         """Attended values [B, T, N, H] and logsumexp float32 [B, N, T]; no gradient flows through them."""
         given = [(query, _QUERY), (key, _KV), (value, _KV), (ids, _IDS)]
-        return self._call(forward_hlo, kind, given, [_QUERY, _LOGSUMEXP])
+        return self._call("splash_forward", splash_forward_hlo, kind, given, [_QUERY, _LOGSUMEXP])
 
     def backward(
         self, saved: Sequence[torch.Tensor], gradient: torch.Tensor, kind: AttentionKind
@@ -60,10 +65,11 @@ class SplashKernel:
         """
         dims = [_QUERY, _KV, _KV, _IDS, _QUERY, _LOGSUMEXP, _QUERY]
         given = list(zip([*saved, gradient], dims, strict=True))
-        return self._call(backward_hlo, kind, given, [_QUERY, _KV, _KV])
+        return self._call("splash_backward", splash_backward_hlo, kind, given, [_QUERY, _KV, _KV])
 
     def _call(
         self,
+        name: str,
         lower: Callable[[SplashCall], bytes],
         kind: AttentionKind,
         given: Sequence[tuple[torch.Tensor, Dims]],
@@ -71,7 +77,7 @@ class SplashKernel:
     ) -> list[torch.Tensor]:
         pieces = [self.mesh.piece(tensor.detach(), spec_of(dims, self.acts)) for tensor, dims in given]
         call = self._on_device(pieces[0], pieces[1], kind)
-        outputs = traced_call(lower.__name__, lower(call))(pieces)
+        outputs = traced_call(name, lower(call))(pieces)
         return [self.mesh.whole(x, spec_of(d, self.acts)) for x, d in zip(outputs, results, strict=True)]
 
     def _on_device(self, query: torch.Tensor, key: torch.Tensor, kind: AttentionKind) -> SplashCall:
