@@ -14,5 +14,5 @@ CALLS = {
     "window, cap, one backward kernel": SplashCall(
         2, 384, 6, 3, 128, "bfloat16", 0.1, 200, 30.0, ONE_KERNEL, "tpu"
     ),
-    "float32": SplashCall(1, 256, 5, 1, 64, "float32", 0.125, None, None, BLOCKS, "tpu"),
+    "float32": SplashCall(5, 256, 5, 1, 64, "float32", 0.125, None, None, BLOCKS, "tpu"),
 }
