@@ -20,6 +20,7 @@ from tptrain.backends.base import Backend, HostShards, Tensors
 from tptrain.backends.shards import host_shards
 from tptrain.config import (
     DataSection,
+    KernelsSection,
     LossSection,
     MeshSection,
     ModelSection,
@@ -202,21 +203,24 @@ def small_plan(
     format: str = "float32",
     trainable: Sequence[str] = ("*",),
     chunk_tokens: int = 0,
+    length: int = TOKENS,
+    attention: str = "auto",
 ) -> Plan:
-    """The plan of a small run: ROWS rows of TOKENS tokens per micro-batch."""
+    """The plan of a small run: ROWS rows of `length` tokens per micro-batch."""
     settings: dict[str, Any] = {"learning_rate": 2e-3, "weight_decay": 0.1, **(optim or {})}
     recipe = Recipe(
         name="small",
         topology="cpu-1" if backend == "torch" else topology,
         backend=backend,  # type: ignore[arg-type]
         model=ModelSection(config=dict(config), tokenizer="train", trainable=tuple(trainable)),
-        data=DataSection(path="train.jsonl", seq_len=TOKENS, batch_rows=ROWS * accumulation),
+        data=DataSection(path="train.jsonl", seq_len=length, batch_rows=ROWS * accumulation),
         mesh=MeshSection(data=data, fsdp=fsdp, tensor=tensor),
         optim=OptimSection(accumulation=accumulation, **settings),
         schedule=ScheduleSection(max_steps=PLANNED_STEPS, warmup_steps=2),
         precision=PrecisionSection(compute=format, master=format),  # type: ignore[arg-type]
         remat=RematSection(policy=remat),  # type: ignore[arg-type]
         loss=LossSection(chunk_tokens=chunk_tokens),
+        kernels=KernelsSection(attention=attention),  # type: ignore[arg-type]
     )
     return plan_recipe(recipe, environ={})
 
@@ -226,9 +230,9 @@ def torch_plan(**changes: Any) -> Plan:
     return small_plan(backend="torch", **changes)
 
 
-def train_batch(step: int, accumulation: int = 1) -> Arrays:
+def train_batch(step: int, accumulation: int = 1, length: int = TOKENS) -> Arrays:
     """The batch of a step: packed rows, of whose targets about two thirds count, unevenly over rows."""
-    parts = [packed_rows(seed=1000 * step + micro) for micro in range(accumulation)]
+    parts = [packed_rows(length, 1000 * step + micro) for micro in range(accumulation)]
     tokens = np.stack([part.tokens for part in parts])
     segments = np.stack([part.segment_ids for part in parts])
     counts = np.random.default_rng(step).random(tokens.shape) < np.linspace(0.3, 1.0, ROWS)[:, None]
@@ -269,7 +273,7 @@ def step_inputs(backend: Backend, plan: Plan, constants: Tensors, step: int) -> 
     """All inputs of the train step number `step`, on the backend's devices. Two batches take turns."""
     recipe = plan.recipe
     scalars = step_scalars(step, PLANNED_STEPS, recipe.schedule, recipe.optim)
-    batch = train_batch(step % 2, recipe.optim.accumulation)
+    batch = train_batch(step % 2, recipe.optim.accumulation, recipe.data.seq_len)
     return {**backend.put_batch(batch), **backend.put_scalars(scalars), **constants}
 
 

@@ -91,7 +91,7 @@ OVERRIDES = [
     ),
     BadInput(
         "not a choice",
-        "remat.policy", "ful", "must be one of its choices", "choices: none, full", "full",
+        "remat.policy", "ful", "must be one of its choices", "choices: none, dots, attention, full", "full",
         ("remat.policy=ful",), mended=("remat.policy=full",),
     ),
     BadInput(
@@ -143,6 +143,43 @@ RECIPES = [
         "warm-up longer than the run",
         "schedule.warmup_steps", 40, "must be less than the steps", "schedule.max_steps=40", "39 or less",
         ("schedule.warmup_steps=40",), mended=("schedule.warmup_steps=39",),
+    ),
+    BadInput(
+        "remat policy that plain PyTorch does not have",
+        "remat.policy", "dots", "needs the XLA backend", "backend=torch", "none or full",
+        ("remat.policy=dots", "backend=torch", "topology=cpu-1"),
+        mended=("remat.policy=full", "backend=torch", "topology=cpu-1"),
+    ),
+    BadInput(
+        "splash attention on CPUs",
+        "kernels.attention", "splash", "is a kernel for TPUs", "topology=cpu-8", "auto or plain",
+        ("kernels.attention=splash",), mended=("kernels.attention=auto",),
+    ),
+    BadInput(
+        "splash attention in plain PyTorch",
+        "kernels.attention", "splash", "needs the XLA backend", "backend=torch", "auto or plain",
+        ("kernels.attention=splash", "backend=torch", "topology=cpu-1"),
+        mended=("kernels.attention=plain", "backend=torch", "topology=cpu-1"),
+    ),
+    BadInput(
+        "rows that splash attention does not take",
+        "data.seq_len", 200, "must be a multiple of 128", "kernels.attention=splash", "128 or 256",
+        ("kernels.attention=splash", "topology=v5e-8", "data.seq_len=200"),
+        mended=("kernels.attention=splash", "topology=v5e-8", "data.seq_len=256"),
+    ),
+    BadInput(
+        "tile that does not divide the row",
+        "kernels.splash_block_q", 256, "must be a multiple of 128 that divides data.seq_len",
+        "data.seq_len=384", "-1 or one of 128, 384",
+        ("topology=v5e-8", "data.seq_len=384", "kernels.splash_block_q=256"),
+        mended=("topology=v5e-8", "data.seq_len=384", "kernels.splash_block_q=384"),
+    ),
+    BadInput(
+        "part of a tile that does not divide the tile",
+        "kernels.splash_block_kv_compute", 384, "that divides kernels.splash_block_kv",
+        "kernels.splash_block_kv=256", "-1 or one of 128, 256",
+        ("topology=v5e-8", "kernels.splash_block_kv_compute=384"),
+        mended=("topology=v5e-8", "kernels.splash_block_kv_compute=256"),
     ),
     BadInput(
         "no checkpoint to take the tokenizer from",

@@ -33,7 +33,7 @@ def test_every_field_of_the_schema_is_a_setting() -> None:
         for field in dataclasses.fields(kind)
     }
     assert set(settings()) == nested | (own - set(sections()))
-    assert len(sections()) == 13
+    assert len(sections()) == 14
 
 
 def test_values_are_those_of_the_recipe(page: str) -> None:
@@ -66,7 +66,7 @@ def test_lines_fit_100_columns(page: str) -> None:
         ("data.seq_len", "whole number, at least 2"),
         ("schedule.epochs", "number or none, above 0"),
         ("optim.beta1", "number, at least 0, below 1"),
-        ("remat.policy", "one of none, full"),
+        ("remat.policy", "one of none, dots, attention, full"),
         ("export.enabled", "true or false"),
         ("model.config", "fields or text"),
         ("data.subset", "text or none"),

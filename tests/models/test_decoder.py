@@ -131,27 +131,27 @@ def without_rope_scaling(patch: pytest.MonkeyPatch) -> None:
 
 def with_interleaved_groups(patch: pytest.MonkeyPatch) -> None:
     """Head n reads kv head n % K instead of n // G."""
+    original_scores, original_values = attention.attention_scores, attention.weighted_values
 
     def scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         grouped = query.unflatten(2, (-1, key.shape[2])).transpose(2, 3).flatten(2, 3)
-        return attention.attention_scores(grouped, key)
+        return original_scores(grouped, key)
 
     def values(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        mixed = attention.weighted_values(weights, value)
+        mixed = original_values(weights, value)
         return mixed.unflatten(2, (value.shape[2], -1)).transpose(2, 3).flatten(2, 3)
 
-    patch.setattr(decoder, "attention_scores", scores)
-    patch.setattr(decoder, "weighted_values", values)
+    patch.setattr(attention, "attention_scores", scores)
+    patch.setattr(attention, "weighted_values", values)
 
 
 def without_segments(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(
-        decoder, "causal_mask", lambda ids, window: attention.causal_mask(torch.ones_like(ids), window)
-    )
+    original = attention.causal_mask
+    patch.setattr(attention, "causal_mask", lambda ids, window: original(torch.ones_like(ids), window))
 
 
 def without_causality(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(decoder, "causal_mask", lambda ids, window: ids[:, :, None] == ids[:, None, :])
+    patch.setattr(attention, "causal_mask", lambda ids, window: ids[:, :, None] == ids[:, None, :])
 
 
 def without_positions(patch: pytest.MonkeyPatch) -> None:
@@ -183,10 +183,9 @@ def without_mean_of_squares(patch: pytest.MonkeyPatch) -> None:
 
 
 def without_attention_scale(patch: pytest.MonkeyPatch) -> None:
+    original = attention.attention_weights
     patch.setattr(
-        decoder,
-        "attention_weights",
-        lambda scores, mask, scale: attention.attention_weights(scores, mask, 1.0),
+        attention, "attention_weights", lambda scores, mask, scale, cap: original(scores, mask, 1.0, cap)
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from tptrain.config.kernels import SplashBlocks
 from tptrain.config.loss_chunks import chunk_tokens
 from tptrain.config.schema import Recipe
 from tptrain.config.state_parts import StatePart, state_parts
@@ -24,6 +25,7 @@ class Plan:
     hf_config:   the model's config.json as a dict (architecture fields at least).
     table:       the parameter table, `vocab` padded for this mesh.
     specs:       row name -> spec, in mesh axis names.
+    splash:      the tiles of splash attention, None where plain attention runs.
     micro_rows:  rows per micro-batch over all devices: batch_rows / accumulation.
     output_dir:  the run's folder. export_dir: the exported model's, None when nothing is exported.
     notices:     sentences about settings that work out in a way the user may want to know.
@@ -37,6 +39,7 @@ class Plan:
     hf_config: Mapping[str, Any]
     table: tuple[ParamRow, ...]
     specs: Mapping[str, Spec]
+    splash: SplashBlocks | None
     micro_rows: int
     output_dir: str
     export_dir: str | None

@@ -31,6 +31,7 @@ def recipe_problems(recipe: Recipe) -> list[Problem]:
         *_data_problems(recipe),
         *_schedule_problems(recipe),
         *_precision_problems(recipe),
+        *_remat_problems(recipe),
         *_moments_problems(recipe),
         *_keep_best_problems(recipe),
         *_compiler_problems(recipe),
@@ -155,6 +156,14 @@ def _moments_problems(recipe: Recipe) -> list[Problem]:
         for name in decays
         if getattr(optim, name) > _SLOWEST_BFLOAT16_DECAY
     ]
+
+
+def _remat_problems(recipe: Recipe) -> list[Problem]:
+    policy = recipe.remat.policy
+    if recipe.backend != "torch" or policy in ("none", "full"):
+        return []
+    rule, fix = "needs the XLA backend", "none or full, or backend=xla"
+    return [Problem("remat.policy", policy, rule, "backend=torch", fix)]
 
 
 def _keep_best_problems(recipe: Recipe) -> list[Problem]:

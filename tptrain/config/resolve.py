@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tptrain.config.kernels import ChosenAttention, choose_attention
 from tptrain.config.loss_chunks import chunk_problems
 from tptrain.config.mesh_checks import (
     ChosenMesh,
@@ -53,6 +54,7 @@ class Parts:
     model: ChosenConfig | None
     mesh: ChosenMesh | None
     rules: RuleTable | None
+    attention: ChosenAttention | None
     problems: tuple[Problem, ...]
 
 
@@ -61,6 +63,7 @@ def parts_of(recipe: Recipe, topology: Topology | None, at_hand: ConfigsAtHand |
     model = choose_config(recipe.model, at_hand) if at_hand else None
     mesh = choose_mesh(recipe.mesh, topology) if topology else None
     rules, rules_problems = choose_rules(recipe.mesh)
+    attention = choose_attention(recipe, topology) if topology else None
     problems = [
         *recipe_problems(recipe),
         *chunk_problems(recipe),
@@ -68,6 +71,7 @@ def parts_of(recipe: Recipe, topology: Topology | None, at_hand: ConfigsAtHand |
         *_backend_problems(recipe, topology),
         *(mesh.problems if mesh else ()),
         *rules_problems,
+        *(attention.problems if attention else ()),
     ]
     facts = model.facts if model else None
     if facts:
@@ -79,7 +83,7 @@ def parts_of(recipe: Recipe, topology: Topology | None, at_hand: ConfigsAtHand |
             problems += sharding_problems(case, parameter_table(facts))
         if mesh.complete:
             problems += batch_problems(recipe, rules, mesh.shape)
-    return Parts(recipe, topology, model, mesh, rules, tuple(problems))
+    return Parts(recipe, topology, model, mesh, rules, attention, tuple(problems))
 
 
 def _backend_problems(recipe: Recipe, topology: Topology | None) -> list[Problem]:
@@ -95,7 +99,8 @@ def finish(parts: Parts) -> Plan:
     """The plan, now that nothing stands before it. Raises ProblemsError otherwise."""
     raise_if_any(parts.problems)
     recipe, topology, model, mesh, rules = parts.recipe, parts.topology, parts.model, parts.mesh, parts.rules
-    assert topology and mesh and rules, "every part is there when there are no problems"
+    attention = parts.attention
+    assert topology and mesh and rules and attention, "every part is there when there are no problems"
     assert model and model.facts and model.config
     master = recipe.precision.master
     padded = padded_table(parameter_table(model.facts), rules, mesh.shape.axis_sizes, master)
@@ -109,10 +114,11 @@ def finish(parts: Parts) -> Plan:
         hf_config=model.config,
         table=table,
         specs=param_specs(table, rules),
+        splash=attention.blocks,
         micro_rows=recipe.data.batch_rows // recipe.optim.accumulation,
         output_dir=recipe.run_folder,
         export_dir=_export_dir(recipe),
-        notices=(*model.notices, *idle_notices(recipe)),
+        notices=(*model.notices, *attention.notices, *idle_notices(recipe)),
     )
 
 

@@ -150,8 +150,29 @@ class PrecisionSection:
 class RematSection:
     """What the backward pass computes again instead of keeping."""
 
-    policy: Literal["none", "full"] = "none"
-    """none: keep all activations; full: keep each layer's input only."""
+    policy: Literal["none", "dots", "attention", "full"] = "none"
+    """full: keep each layer's input only; attention: what attention gave as well; dots: the results of all
+    matrix products, scores excepted; none: everything (attention and dots: backend=xla only)."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class KernelsSection:
+    """Kernels in the place of plain PyTorch operations."""
+
+    attention: Literal["auto", "splash", "plain"] = "auto"
+    """splash: JAX's Pallas kernel, on TPUs with backend=xla; plain: one operation after the other, with every
+    score in memory; auto: splash where it runs and takes the shapes."""
+    splash_block_q: int = -1
+    """Queries in a tile of the splash kernel, a multiple of 128 that divides data.seq_len; -1: the largest up
+    to 512."""
+    splash_block_kv: int = -1
+    """Keys in a tile of the splash kernel; as for splash_block_q."""
+    splash_block_kv_compute: int = -1
+    """Keys of a tile that are worked on at a time, a multiple of 128 that divides splash_block_kv; -1: the
+    largest up to 512."""
+    splash_fused_backward: bool = False
+    """One backward kernel with 5 matrix products a tile instead of two with 7; it needs
+    data.seq_len / splash_block_kv times the memory of the queries."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
@@ -263,6 +284,7 @@ class Recipe:
     remat: RematSection = Field(default_factory=RematSection)
     loss: LossSection = Field(default_factory=LossSection)
     compiler: CompilerSection = Field(default_factory=CompilerSection)
+    kernels: KernelsSection = Field(default_factory=KernelsSection)
     save: SaveSection = Field(default_factory=SaveSection)
     export: ExportSection = Field(default_factory=ExportSection)
     eval: EvalSection = Field(default_factory=EvalSection)

@@ -150,6 +150,7 @@ def workload_of(plan: Plan) -> Workload:
         micro_batches=recipe.optim.accumulation,
         compute=recipe.precision.compute,
         remat=recipe.remat.policy,
+        attention="splash" if plan.splash else "plain",
         loss_chunk_tokens=plan.loss_chunk_tokens,
     )
 

@@ -5,9 +5,68 @@ Shapes: B batch, T query tokens, S key tokens, N heads, K kv heads, G = N / K, H
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+
+from tptrain.models.marks import Marks
+
+
+@dataclass(frozen=True)
+class AttentionKind:
+    """The numbers of one layer's attention.
+
+    scale:    factor of the products of queries and keys.
+    window:   how many tokens, itself included, a token may look back on; None for all of them.
+    soft_cap: scaled products s become soft_cap * tanh(s / soft_cap); None for no cap.
+    """
+
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None
+
+
+class AttentionCore(Protocol):
+    """Attention between the projections, on the rows of one batch; all layers share it."""
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kind: AttentionKind
+    ) -> torch.Tensor:
+        """query [B, T, N, H], key and value [B, S, K, H] -> attended values [B, T, N, H]."""
+        ...
+
+
+# (segment_ids [B, T], the windows of the model's layers) -> the core for those rows.
+CoreFactory = Callable[[torch.Tensor, Iterable[int | None]], AttentionCore]
+
+
+class PlainAttention:
+    """The mathematics as it is written: scores, mask, softmax, values, with [T, S] of them in memory.
+
+    masks: window -> bool [B, T, S], who may look at whom.
+    """
+
+    def __init__(self, masks: Mapping[int | None, torch.Tensor], marks: Marks):
+        self.masks, self.marks = masks, marks
+
+    @classmethod
+    def of_segments(
+        cls, segment_ids: torch.Tensor, windows: Iterable[int | None], marks: Marks
+    ) -> PlainAttention:
+        return cls({window: causal_mask(segment_ids, window) for window in windows}, marks)
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kind: AttentionKind
+    ) -> torch.Tensor:
+        scores = attention_scores(query, key)
+        scores = self.marks(
+            scores, "scores", "act_batch", "act_kv_heads", "act_group", "act_tokens", "act_keys"
+        )
+        weights = attention_weights(scores, self.masks[kind.window], kind.scale, kind.soft_cap)
+        output = weighted_values(weights, value)
+        return self.marks(output, "attended", "act_batch", "act_tokens", "act_heads", "act_head_dim")
 
 
 @dataclass
@@ -60,12 +119,16 @@ def attention_scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     return torch.einsum("btkgh,bskh->bkgts", grouped, key)
 
 
-def attention_weights(scores: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+def attention_weights(
+    scores: torch.Tensor, mask: torch.Tensor, scale: float, soft_cap: float | None = None
+) -> torch.Tensor:
     """Softmax over keys: scores [B, K, G, T, S], mask bool [B, T, S] -> the same shape and format.
 
     Normalised in float32 or wider.
     """
     wide = (scores * scale).to(torch.promote_types(scores.dtype, torch.float32))
+    if soft_cap is not None:
+        wide = soft_cap * torch.tanh(wide / soft_cap)
     blocked = torch.finfo(wide.dtype).min
     return torch.where(mask[:, None, None], wide, blocked).softmax(-1).to(scores.dtype)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +15,12 @@ from torch import nn
 
 from tptrain.family import LayerKind, ModelFacts
 from tptrain.models.attention import (
+    AttentionCore,
+    AttentionKind,
+    CoreFactory,
     KVCache,
-    attention_scores,
-    attention_weights,
+    PlainAttention,
     cache_mask,
-    causal_mask,
-    weighted_values,
     write_cache,
 )
 from tptrain.models.loss import LossChunks, mean_loss
@@ -33,13 +34,13 @@ class LayerContext:
     """What every layer reads and none changes.
 
     cos, sin:  [B, T, 1, H] of the rotary embedding.
-    masks:     window -> bool [B, T, S].
+    attention: how queries, keys and values become attended values; knows the segments of the rows.
     positions: [B, T], where a cached layer writes its keys and values.
     """
 
     cos: torch.Tensor
     sin: torch.Tensor
-    masks: dict[int | None, torch.Tensor]
+    attention: AttentionCore
     positions: torch.Tensor
 
 
@@ -53,7 +54,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(d, k * h, bias=facts.attention_bias)
         self.v_proj = nn.Linear(d, k * h, bias=facts.attention_bias)
         self.o_proj = nn.Linear(n * h, d, bias=facts.attention_bias)
-        self.head_dim, self.window, self.marks = h, kind.window, marks
+        self.head_dim, self.marks = h, marks
+        self.kind = AttentionKind(scale=h**-0.5, window=kind.window)
 
     def forward(
         self, x: torch.Tensor, context: LayerContext, cache: KVCache | None
@@ -68,14 +70,7 @@ class Attention(nn.Module):
         if cache is not None:
             key = write_cache(cache.key, key, context.positions)
             value = write_cache(cache.value, value, context.positions)
-        mask = context.masks[self.window]
-        scores = attention_scores(query, key)
-        scores = self.marks(
-            scores, "scores", "act_batch", "act_kv_heads", "act_group", "act_tokens", "act_keys"
-        )
-        weights = attention_weights(scores, mask, self.head_dim**-0.5)
-        output = weighted_values(weights, value)
-        output = self.marks(output, "attended", "act_batch", "act_tokens", "act_heads", "act_head_dim")
+        output = context.attention(query, key, value, self.kind)
         return self.o_proj(output.flatten(2)), KVCache(key, value)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
@@ -96,7 +91,8 @@ class MLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate = self.marks(self.gate_proj(x), "gate", "act_batch", "act_tokens", "act_mlp")
         up = self.marks(self.up_proj(x), "up", "act_batch", "act_tokens", "act_mlp")
-        return self.down_proj(F.silu(gate) * up)
+        hidden = self.marks(F.silu(gate) * up, "mlp_hidden", "act_batch", "act_tokens", "act_mlp")
+        return self.down_proj(hidden)
 
 
 class Block(nn.Module):
@@ -113,10 +109,15 @@ class Block(nn.Module):
     def forward(
         self, x: torch.Tensor, context: LayerContext, cache: KVCache | None = None
     ) -> tuple[torch.Tensor, KVCache]:
-        attended, cache = self.self_attn(self.input_layernorm(x), context, cache)
-        x = self.marks(x + attended, "after_attention", "act_batch", "act_tokens", "act_embed")
-        x = x + self.mlp(self.post_attention_layernorm(x))
-        return self.marks(x, "after_mlp", "act_batch", "act_tokens", "act_embed"), cache
+        attended, cache = self.self_attn(
+            self._mark(self.input_layernorm(x), "attention_input"), context, cache
+        )
+        x = self._mark(x + attended, "after_attention")
+        x = x + self.mlp(self._mark(self.post_attention_layernorm(x), "mlp_input"))
+        return self._mark(x, "after_mlp"), cache
+
+    def _mark(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        return self.marks(x, name, "act_batch", "act_tokens", "act_embed")
 
 
 class LayerList(nn.ModuleList):
@@ -160,6 +161,8 @@ class Decoder(nn.Module):
         self.padded_vocab = padded_vocab or facts.vocab_size
         self.loss_chunks = loss_chunks
         self.marks = Marks()
+        # How attention without caches is computed; a backend may put a kernel here.
+        self.attention_core: CoreFactory = partial(PlainAttention.of_segments, marks=self.marks)
         self.model = Body(facts, self.padded_vocab, self.marks)
         if not facts.tie_word_embeddings:
             self.lm_head = nn.Linear(facts.hidden_size, self.padded_vocab, bias=False)
@@ -181,8 +184,8 @@ class Decoder(nn.Module):
         self, tokens: torch.Tensor, positions: torch.Tensor, segment_ids: torch.Tensor
     ) -> torch.Tensor:
         """Hidden states [B, T, D] after the final norm; all inputs are integers [B, T]."""
-        masks = {window: causal_mask(segment_ids, window) for window in self._windows()}
-        return self._run(tokens, positions, masks, None)[0]
+        attention = self.attention_core(segment_ids, self._windows())
+        return self._run(tokens, positions, attention, None)[0]
 
     def mean_loss(
         self,
@@ -208,18 +211,18 @@ class Decoder(nn.Module):
         """The same against caches: returns hidden states [B, T, D] after the final norm, and new caches."""
         length = caches[0].key.shape[-3]
         masks = {window: cache_mask(positions, length, window) for window in self._windows()}
-        return self._run(tokens, positions, masks, caches)
+        return self._run(tokens, positions, PlainAttention(masks, self.marks), caches)
 
     def _run(
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor,
-        masks: dict[int | None, torch.Tensor],
+        attention: AttentionCore,
         caches: Sequence[KVCache] | None,
     ) -> tuple[torch.Tensor, Sequence[KVCache]]:
         x = self.marks(self.model.embed_tokens(tokens), "embedded", "act_batch", "act_tokens", "act_embed")
         cos, sin = rotation(positions, self.rope_frequencies, x.dtype)
-        x, caches = self.model.layers(x, LayerContext(cos, sin, masks, positions), caches)
+        x, caches = self.model.layers(x, LayerContext(cos, sin, attention, positions), caches)
         return self.model.norm(x), caches
 
     @property

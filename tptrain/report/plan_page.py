@@ -68,6 +68,7 @@ def run_sentences(plan: Plan) -> list[str]:
         f"Data: {recipe.data.path} ({recipe.data.preset}), seed {recipe.data.seed}.",
         f"Step: {rows} rows x {recipe.data.seq_len} = {tokens:,} tokens{split}; {per_device}"
         f" {'row' if per_device == 1 else 'rows'} at a time on each device.",
+        f"Attention: {_attention(plan)}.",
         _loss_sentence(plan),
         f"Schedule: {_length(plan)}, peak learning rate {shown(recipe.optim.learning_rate)},"
         f" {recipe.schedule.warmup_steps} warm-up steps, then {recipe.schedule.kind}.",
@@ -91,6 +92,10 @@ def _length(plan: Plan) -> str:
     if schedule.max_steps is not None:
         return f"{schedule.max_steps:,} steps"
     return f"{shown(schedule.epochs)} epochs (steps are counted when the records are read)"
+
+
+def _attention(plan: Plan) -> str:
+    return f"splash kernel, {plan.splash.describe()}" if plan.splash else "plain, every score in memory"
 
 
 def size_sentences(plan: Plan) -> list[str]:
@@ -179,6 +184,8 @@ def plan_json(plan: Plan, found: Estimate | None = None) -> dict[str, Any]:
         "rules": plan.rules.name,
         "facts": dataclasses.asdict(plan.facts),
         "hf_config": dict(plan.hf_config),
+        "attention": "splash" if plan.splash else "plain",
+        "splash_blocks": dataclasses.asdict(plan.splash) if plan.splash else None,
         "micro_rows": plan.micro_rows,
         "loss_chunk_tokens": plan.loss_chunk_tokens,
         "rows_per_device": plan.device_rows,

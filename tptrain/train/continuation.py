@@ -45,6 +45,8 @@ MEANINGS: tuple[tuple[str, Change], ...] = (
     ("backend", Change.TOLD),
     ("remat.policy", Change.TOLD),
     ("loss.chunk_tokens", Change.TOLD),
+    ("kernels.", Change.TOLD),
+    ("compiler.", Change.TOLD),
     ("eval.", Change.SILENT),
     ("export.", Change.SILENT),
     ("save.", Change.SILENT),

@@ -25,6 +25,7 @@ from tptrain.backends.shards import read_buffer_shards
 from tptrain.backends.xla.capture import CapturedStep, compile_count
 from tptrain.backends.xla.passes import apply_passes
 from tptrain.backends.xla.sharding import DeviceMesh
+from tptrain.backends.xla.splash import SplashKernel
 from tptrain.config.plan import Plan
 from tptrain.config.state_parts import PARAMS
 from tptrain.mesh import Spec, shard_slices, spec_of
@@ -53,7 +54,10 @@ class XlaBackend:
 
     def decoder(self) -> Decoder:
         decoder = meta_decoder(self.plan)
-        apply_passes(decoder, self.layout, self.mesh, self.plan.rules, self.plan.recipe.remat.policy)
+        plan, splash = self.plan, None
+        if plan.splash is not None:
+            splash = SplashKernel(self.mesh, plan.rules.acts, plan.splash)
+        apply_passes(decoder, self.layout, self.mesh, plan.rules, plan.recipe.remat.policy, splash)
         return decoder
 
     def place(self, source: TensorSource, part: str = PARAMS) -> Tensors:

@@ -1,4 +1,4 @@
-"""What the XLA backend does to a decoder from outside, in this order: remat, shard, write, scan.
+"""What the XLA backend does to a decoder from outside, in this order: remat, shard, write, attention, scan.
 
 Scanned are the layers, and the chunks of the loss.
 
@@ -18,13 +18,20 @@ from torch.func import functional_call
 from tptrain.backends.base import Layout, Tensors
 from tptrain.backends.xla.scan import Keeper, scan_caches, scan_layers, scan_parts
 from tptrain.backends.xla.sharding import DeviceMesh
+from tptrain.backends.xla.splash import SplashKernel, splash_core
 from tptrain.mesh import RuleTable, spec_of
 from tptrain.models.attention import KVCache
 from tptrain.models.decoder import Decoder, LayerContext
 
+_ATTENTION = frozenset({"attended", "logsumexp"})
+_PRODUCTS = frozenset({"query", "key", "value", "after_attention", "gate", "up"}) | _ATTENTION
+
 # Remat policy -> the marked activations that the backward pass finds ready instead of computing them again.
+# Under "attention" and above, the forward kernel of attention does not run in the backward pass.
 KEPT = {
-    "none": frozenset({"query", "key", "value", "scores", "attended", "after_attention", "gate", "up"}),
+    "none": _PRODUCTS | {"scores", "attention_input", "mlp_input", "mlp_hidden"},
+    "dots": _PRODUCTS,
+    "attention": _ATTENTION,
     "full": frozenset[str](),
 }
 
@@ -35,14 +42,26 @@ KEPT = {
 WRITTEN = frozenset({"chunk"})
 
 
-def apply_passes(decoder: Decoder, layout: Layout, mesh: DeviceMesh, rules: RuleTable, remat: str) -> None:
-    """Turn a decoder on `meta` into the one that runs on the mesh, in place."""
+def apply_passes(
+    decoder: Decoder,
+    layout: Layout,
+    mesh: DeviceMesh,
+    rules: RuleTable,
+    remat: str,
+    splash: SplashKernel | None = None,
+) -> None:
+    """Turn a decoder on `meta` into the one that runs on the mesh, in place.
+
+    splash: the attention kernel; None leaves attention as the decoder states it.
+    """
     keeper = Keeper(KEPT[remat])
     decoder.marks.functions.append(keeper)
     decoder.marks.functions.append(
         lambda x, name, dims: mesh.mark_with_gradient(x, spec_of(dims, rules.acts))
     )
     decoder.marks.functions.append(lambda x, name, dims: _written(x) if name in WRITTEN else x)
+    if splash is not None:
+        decoder.attention_core = splash_core(splash, decoder.marks)
     layers = decoder.model.layers
     assert isinstance(layers, nn.ModuleList)
     period = [layers[i] for i in range(len(decoder.facts.layer_period))]

@@ -15,6 +15,7 @@ import torch_xla
 import torch_xla.distributed.spmd as xs
 
 from tptrain.mesh import AXES, MeshShape, Spec, shard_slices
+from tptrain.mesh.rules import split_count
 
 _XLAC = torch_xla._XLAC
 
@@ -55,6 +56,26 @@ class DeviceMesh:
         if math.prod(self.axis_sizes.values()) == 1:
             return x
         return xs.mark_sharding_with_gradients(x, self.xla, partition_spec(spec))
+
+    def piece(self, x: torch.Tensor, spec: Spec) -> torch.Tensor:
+        """Each device's piece of a traced tensor; what is computed from it, the device computes by itself.
+
+        Nothing is partitioned automatically until `whole` ends it: the two are JAX's `shard_map`.
+        """
+        if math.prod(self.axis_sizes.values()) == 1:
+            return x
+        # A clone, because marking changes a tensor in place, and this one may be marked and read elsewhere.
+        return _XLAC._spmd_full_to_shard_shape(self.mark(x.clone(), spec))
+
+    def whole(self, piece: torch.Tensor, spec: Spec) -> torch.Tensor:
+        """The traced tensor whose pieces, split by `spec`, the devices have computed by themselves."""
+        if math.prod(self.axis_sizes.values()) == 1:
+            return piece
+        sizes = zip(piece.shape, spec, strict=True)
+        shape = [size * split_count(axes, self.axis_sizes) for size, axes in sizes]
+        _XLAC._mark_manual_sharding(piece, _XLAC.OpSharding([], [], [], xs.ShardingType.MANUAL))
+        sharding = self.xla.get_op_sharding(partition_spec(spec))
+        return _XLAC._spmd_shard_to_full_shape(piece, sharding, shape, piece.dtype)
 
     def place(self, shards: Mapping[int, torch.Tensor], shape: Sequence[int], spec: Spec) -> torch.Tensor:
         """A device tensor from its pieces: shards by mesh position, for every local device."""

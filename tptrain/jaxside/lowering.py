@@ -1,0 +1,34 @@
+"""A JAX function as an HLO module that another framework can call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+from jax import export
+from jax._src.lib import xla_client  # jaxlib's conversion from StableHLO to HLO has no public name
+
+# A Pallas kernel. jax.export does not promise that an exported one still runs on a TPU of years to come;
+# here it is compiled in the same run.
+_PALLAS_CALL = export.DisabledSafetyCheck.custom_call("tpu_custom_call")
+
+Platform = Literal["cpu", "tpu"]
+
+
+def lower_to_hlo(
+    function: Callable[..., Any], arguments: Sequence[jax.ShapeDtypeStruct], platform: Platform
+) -> bytes:
+    """The serialized HLO module of `function` on one device; its result is a tuple, also for one array.
+
+    It goes through jax.export, which lowers for a platform that is not attached, and in the
+    forward-compatible form: a libtpu that is older than jaxlib (0.0.21, which torch_xla 2.9 runs) refuses
+    the Pallas kernels of `jax.jit(...).lower()`.
+    """
+    exported = export.export(
+        jax.jit(function, keep_unused=True), platforms=[platform], disabled_checks=[_PALLAS_CALL]
+    )(*arguments)
+    computation = xla_client._xla.mlir.mlir_module_to_xla_computation(
+        exported.mlir_module(), use_tuple_args=False, return_tuple=True
+    )
+    return computation.as_serialized_hlo_module_proto()
