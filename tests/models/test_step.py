@@ -14,10 +14,9 @@ from tptrain.backends.base import Tensors
 from tptrain.backends.torch_backend import TorchBackend
 from tptrain.config import OptimSection, Plan, ScheduleSection
 from tptrain.models.decoder import Block
-from tptrain.train.optimizers import adamw
 from tptrain.train.schedule import learning_rate, step_scalars
 from tptrain.train.state import HALTED, fresh_state, part_of
-from tptrain.train.step import clipped, global_norm, loss_and_gradients, make_train_step
+from tptrain.train.step import global_norm, loss_and_gradients, make_train_step, updated
 
 BIASED = small.small_config(attention_bias=True, mlp_bias=True)
 
@@ -111,8 +110,8 @@ def test_adamw_equals_torch_optim(format: str, tolerance: float, clip_norm: floa
         }
         scalars = run.backend.put_scalars(step_scalars(step, small.PLANNED_STEPS, schedule, optim))
         norms.append(global_norm(gradients))
-        limited = clipped(gradients, norms[-1], optim.clip_norm)
-        parts = adamw(run.state, limited, scalars, run.backend.layout, optim)
+        go_on = torch.tensor(False)
+        parts = updated(run.state, gradients, norms[-1], go_on, scalars, run.backend.layout, optim)
         run.state.update({f"{part}/{name}": t for part in parts for name, t in parts[part].items()})
         for name, parameter in reference.items():
             parameter.grad = gradients[name].clone()

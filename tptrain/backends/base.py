@@ -146,6 +146,10 @@ class InPlaceSource(TensorSource, Protocol):
 StepFunction = Callable[[Tensors, Tensors], tuple[Tensors, Tensors]]
 
 
+# (numbers, index of a buffer) -> the same numbers, for this buffer alone: see `Backend.apart`.
+Apart = Callable[[Tensors, int], Tensors]
+
+
 class CompiledStep(Protocol):
     """A step function bound to a backend: compiled once on the first shapes it was made with.
 
@@ -217,6 +221,14 @@ class Backend(Protocol):
 
     def make_caches(self, rows: int, length: int, dtype: torch.dtype) -> Tensors:
         """Empty key-value caches, named `key.<i>` and `value.<i>` in the order the decoder takes them."""
+        ...
+
+    def apart(self, numbers: Tensors, index: int) -> Tensors:
+        """Scalars as values that belong to the buffer `index` alone.
+
+        A compiler that sees one number spread over two buffers of one shape may spread it once, split it as
+        one of the two is split, and move it over the network for the other.
+        """
         ...
 
     def compile_step(

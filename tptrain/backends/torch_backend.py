@@ -94,6 +94,9 @@ class TorchBackend:
         names = [f"{part}.{i}" for i in range(facts.num_hidden_layers) for part in ("key", "value")]
         return {name: torch.zeros(shape, dtype=dtype) for name in names}
 
+    def apart(self, numbers: Tensors, index: int) -> Tensors:
+        return numbers
+
     def compile_step(
         self, function: StepFunction, state: Tensors, inputs: Tensors, specs: Mapping[str, Spec]
     ) -> EagerStep:

@@ -18,13 +18,13 @@ from typing import Any
 from tptrain.config.compiler_flags import compiler_flags
 from tptrain.config.plan import Plan
 from tptrain.dryrun.compiling import CompileRequest, compile_program
+from tptrain.dryrun.trace_lines import trace_json, trace_lines
 from tptrain.dryrun.tracing import Traced, trace_in_child
 from tptrain.errors import Problem, raise_if_any, refuse, unknown_name
 from tptrain.estimate import estimate, memory_problems
 from tptrain.program.compiled import CompiledProgram
 from tptrain.report.plan_page import plan_json, plan_page
 from tptrain.report.program_lines import program_lines
-from tptrain.report.trace_lines import trace_json, trace_lines
 
 TIERS = ("plan", "trace", "compile")
 # A causal mask leaves about half of all pairs of query and key.

@@ -5,8 +5,9 @@ It is done in a process of its own, because a process has one number of devices 
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
-import pickle
 import resource
 import subprocess
 import sys
@@ -15,12 +16,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 import tptrain
 from tptrain.backends.base import TracedStep
+from tptrain.config import Recipe
 from tptrain.config.plan import Plan
+from tptrain.config.planning import plan_recipe
 from tptrain.errors import TptrainError
 
 _STDERR_LINES = 12
+# Files of the child's folder.
+_RECIPE, _MODULE, _FACTS = "recipe.json", "module.pb", "traced.json"
 
 
 class TraceError(TptrainError):
@@ -75,9 +82,10 @@ def trace_step(plan: Plan) -> Traced:
 def trace_in_child(plan: Plan, timeout_seconds: float = 600.0) -> Traced:
     """The same in a process of its own. Raises TraceError when that process does not come to its end."""
     with tempfile.TemporaryDirectory(prefix="tptrain-trace-") as folder:
-        asked, found = Path(folder) / "plan", Path(folder) / "traced"
-        asked.write_bytes(pickle.dumps(plan))
-        command = [sys.executable, "-m", "tptrain.dryrun.tracing", str(asked), str(found)]
+        # The recipe says all that the plan was made from, but for what this machine has attached.
+        recipe = dataclasses.replace(plan.recipe, topology=plan.topology.name)
+        (Path(folder) / _RECIPE).write_bytes(TypeAdapter(Recipe).dump_json(recipe))
+        command = [sys.executable, "-m", "tptrain.dryrun.tracing", folder]
         try:
             done = subprocess.run(
                 command, env=_environment(os.environ), capture_output=True, text=True, timeout=timeout_seconds
@@ -86,8 +94,7 @@ def trace_in_child(plan: Plan, timeout_seconds: float = 600.0) -> Traced:
             raise TraceError(f"tracing was not done after {timeout_seconds:.0f} s and was stopped") from error
         if done.returncode:
             raise TraceError(_death(done.returncode, done.stderr))
-        traced: Traced = pickle.loads(found.read_bytes())
-        return traced
+        return _read(Path(folder))
 
 
 def _environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -106,13 +113,36 @@ def _death(code: int, stderr: str) -> str:
     return "\n  ".join([f"tracing ended with exit code {code}; its last lines:", *lines])
 
 
-def main(asked: Path, found: Path) -> None:
-    plan: Plan = pickle.loads(asked.read_bytes())
-    found.write_bytes(pickle.dumps(trace_step(plan)))
+def _write(folder: Path, traced: Traced) -> None:
+    step = traced.step
+    (folder / _MODULE).write_bytes(step.module)
+    facts = {f.name: getattr(traced, f.name) for f in dataclasses.fields(Traced) if f.name != "step"}
+    names = {"parameters": step.parameters, "outputs": step.outputs, "donated": sorted(step.donated)}
+    about = {**names, "specs": step.specs, "trace_seconds": step.trace_seconds}
+    (folder / _FACTS).write_text(json.dumps({"traced": facts, "step": about}))
+
+
+def _read(folder: Path) -> Traced:
+    data = json.loads((folder / _FACTS).read_text())
+    facts, step = data["traced"], data["step"]
+    return Traced(
+        step=TracedStep(
+            module=(folder / _MODULE).read_bytes(),
+            parameters=tuple(step["parameters"]),
+            outputs=tuple(step["outputs"]),
+            donated=frozenset(step["donated"]),
+            specs={name: tuple(tuple(axes) for axes in spec) for name, spec in step["specs"].items()},
+            trace_seconds=step["trace_seconds"],
+        ),
+        **{**facts, "changed_specs": tuple(facts["changed_specs"])},
+    )
+
+
+def main(folder: Path) -> None:
+    """What the child does: the recipe in `folder` traced, and the result beside it."""
+    recipe = TypeAdapter(Recipe).validate_json((folder / _RECIPE).read_bytes())
+    _write(folder, trace_step(plan_recipe(recipe)))
 
 
 if __name__ == "__main__":
-    # Pickled classes must not be those of `__main__`.
-    from tptrain.dryrun import tracing
-
-    tracing.main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]))

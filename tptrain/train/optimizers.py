@@ -3,6 +3,8 @@
 Arithmetic is in the format of the master weights. An update uses the new moments as they were computed; they
 are stored, and read by the next step, in the format of their buffer. Whatever changes with the step is an
 input, so that all steps are one program.
+
+Numbers come as tensors, to each buffer its own: see `Backend.apart`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tptrain.backends.base import Buffer, Layout, Tensors
+from tptrain.backends.base import Buffer, Tensors
 from tptrain.config.schema import OptimSection
 from tptrain.config.state_parts import PARAMS, is_factored
 
@@ -21,40 +23,42 @@ from tptrain.config.state_parts import PARAMS, is_factored
 _SQUARE_EPS = 1e-30
 _SCALE_EPS = 1e-3
 
-# (state, gradients by buffer, inputs of the step, layout of the weights, settings) -> the new state by part
-Update = Callable[[Tensors, Tensors, Tensors, Layout, OptimSection], dict[str, Tensors]]
+# (the buffer's state by part, its clipped gradient, numbers, buffer, settings) -> its new state by part
+Update = Callable[[Tensors, torch.Tensor, Tensors, Buffer, OptimSection], Tensors]
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """update: from the clipped gradients to the new weights and moments.
+    """update: from the clipped gradient of one buffer to its new weights and moments.
 
-    scalars: step (from 1) -> the numbers, besides the learning rate, that `update` reads from the inputs.
+    scalars:   step (from 1) -> the numbers, besides the learning rate, that are inputs of the step.
+    constants: the numbers of the formulas. `update` is given both, and the learning rate, as tensors.
     """
 
     update: Update
     scalars: Callable[[int, OptimSection], dict[str, float]]
+    constants: Callable[[OptimSection], dict[str, float]]
 
 
 def adamw(
-    state: Tensors, gradients: Tensors, inputs: Tensors, layout: Layout, optim: OptimSection
-) -> dict[str, Tensors]:
+    state: Tensors, gradient: torch.Tensor, numbers: Tensors, buffer: Buffer, optim: OptimSection
+) -> Tensors:
     """AdamW (arXiv:1711.05101) in the arithmetic of torch.optim.AdamW.
 
     Elementwise over buffers, so it does not matter how a backend splits or stacks them.
     """
-    rate, correction1 = inputs["learning_rate"], inputs["bias_correction1"]
-    correction2 = inputs["bias_correction2"].sqrt()
-    parts: dict[str, Tensors] = {PARAMS: {}, "mu": {}, "nu": {}}
-    for name, gradient in gradients.items():
-        old_mu, old_nu = state[f"mu/{name}"], state[f"nu/{name}"]
-        mu = old_mu.to(gradient.dtype) * optim.beta1 + gradient * (1 - optim.beta1)
-        nu = old_nu.to(gradient.dtype) * optim.beta2 + gradient.square() * (1 - optim.beta2)
-        step = (mu / correction1) / (nu.sqrt() / correction2 + optim.eps)
-        decayed = _decayed(state[f"{PARAMS}/{name}"], layout.buffers[name], rate, optim)
-        parts[PARAMS][name] = decayed - rate * step
-        parts["mu"][name], parts["nu"][name] = mu.to(old_mu.dtype), nu.to(old_nu.dtype)
-    return parts
+    old_mu, old_nu = state["mu"].to(gradient.dtype), state["nu"].to(gradient.dtype)
+    mu = old_mu * numbers["beta1"] + gradient * numbers["rest1"]
+    nu = old_nu * numbers["beta2"] + gradient.square() * numbers["rest2"]
+    root = nu.sqrt() / numbers["bias_correction2"].sqrt() + numbers["eps"]
+    step = (mu / numbers["bias_correction1"]) / root
+    new = _decayed(state[PARAMS], buffer, numbers, optim) - numbers["learning_rate"] * step
+    return {PARAMS: new, "mu": mu.to(state["mu"].dtype), "nu": nu.to(state["nu"].dtype)}
+
+
+def adamw_constants(optim: OptimSection) -> dict[str, float]:
+    betas = {"beta1": optim.beta1, "rest1": 1 - optim.beta1, "beta2": optim.beta2, "rest2": 1 - optim.beta2}
+    return {**betas, "eps": optim.eps, **_decay(optim)}
 
 
 def adamw_scalars(step: int, optim: OptimSection) -> dict[str, float]:
@@ -63,35 +67,24 @@ def adamw_scalars(step: int, optim: OptimSection) -> dict[str, float]:
 
 
 def adafactor(
-    state: Tensors, gradients: Tensors, inputs: Tensors, layout: Layout, optim: OptimSection
-) -> dict[str, Tensors]:
+    state: Tensors, gradient: torch.Tensor, numbers: Tensors, buffer: Buffer, optim: OptimSection
+) -> Tensors:
     """Adafactor (arXiv:1804.04235, algorithms 4 to 6) with the recipe's learning rate in place of its own.
 
     Means and roots are those of each row of the parameter table: layers stacked in one buffer get the numbers
     that they would get by themselves, and the padding of a vocabulary, whose gradients are 0, counts nowhere.
     Weight decay is multiplied by the learning rate alone.
     """
-    rate = inputs["learning_rate"]
-    parts: dict[str, Tensors] = {}
-
-    def keep(part: str, name: str, value: torch.Tensor) -> None:
-        parts.setdefault(part, {})[name] = value
-
-    for name, gradient in gradients.items():
-        buffer, old = layout.buffers[name], state[f"{PARAMS}/{name}"]
-        second = _second_moments(state, name, gradient, buffer, inputs["second_moment_rate"])
-        for part, moment in second.items():
-            keep(part, name, moment)
-        update = _normalised(gradient, second, buffer)
-        update = update / (_rms(update, buffer) / optim.update_clip).clamp(min=1.0)
-        scale = _rms(old, buffer).clamp(min=_SCALE_EPS) if optim.scale_parameter else 1.0
-        step = update * (rate * scale)
-        if optim.momentum:
-            old_mu = state[f"mu/{name}"]
-            step = old_mu.to(step.dtype) * optim.momentum + step * (1 - optim.momentum)
-            keep("mu", name, step.to(old_mu.dtype))
-        keep(PARAMS, name, _decayed(old, buffer, rate, optim) - step)
-    return parts
+    rate, old = numbers["learning_rate"], state[PARAMS]
+    new = _second_moments(state, gradient, buffer, numbers["second_moment_rate"])
+    update = _normalised(gradient, new, buffer)
+    update = update / (_rms(update, buffer) / optim.update_clip).clamp(min=1.0)
+    scale = _rms(old, buffer).clamp(min=_SCALE_EPS) if optim.scale_parameter else 1.0
+    step = update * (rate * scale)
+    if optim.momentum:
+        step = state["mu"].to(step.dtype) * optim.momentum + step * (1 - optim.momentum)
+        new["mu"] = step.to(state["mu"].dtype)
+    return {**new, PARAMS: _decayed(old, buffer, numbers, optim) - step}
 
 
 def adafactor_scalars(step: int, optim: OptimSection) -> dict[str, float]:
@@ -99,22 +92,24 @@ def adafactor_scalars(step: int, optim: OptimSection) -> dict[str, float]:
     return {"second_moment_rate": step**-optim.beta2_decay}
 
 
-OPTIMIZERS = {"adamw": Optimizer(adamw, adamw_scalars), "adafactor": Optimizer(adafactor, adafactor_scalars)}
+def _decay(optim: OptimSection) -> dict[str, float]:
+    return {"weight_decay": optim.weight_decay} if optim.weight_decay else {}
 
 
-def _second_moments(
-    state: Tensors, name: str, gradient: torch.Tensor, buffer: Buffer, rate: torch.Tensor
-) -> Tensors:
+OPTIMIZERS = {
+    "adamw": Optimizer(adamw, adamw_scalars, adamw_constants),
+    "adafactor": Optimizer(adafactor, adafactor_scalars, _decay),
+}
+
+
+def _second_moments(state: Tensors, gradient: torch.Tensor, buffer: Buffer, rate: torch.Tensor) -> Tensors:
     """The new second moments by part: of every element, or means over the columns and over the rows."""
     squares, size = gradient.square(), buffer.rows[0].size
     if is_factored(buffer.rows[0]):
         found = {"nu_row": squares.sum(-1) / size[-1], "nu_col": squares.sum(-2) / size[-2]}
     else:
         found = {"nu": squares}
-    return {
-        part: state[f"{part}/{name}"] * (1 - rate) + (mean + _SQUARE_EPS) * rate
-        for part, mean in found.items()
-    }
+    return {part: state[part] * (1 - rate) + (mean + _SQUARE_EPS) * rate for part, mean in found.items()}
 
 
 def _normalised(gradient: torch.Tensor, second: Tensors, buffer: Buffer) -> torch.Tensor:
@@ -136,5 +131,7 @@ def _rms(x: torch.Tensor, buffer: Buffer) -> torch.Tensor:
     return (x.square().sum(dims, keepdim=True) / buffer.rows[0].num_elements).sqrt()
 
 
-def _decayed(old: torch.Tensor, buffer: Buffer, rate: torch.Tensor, optim: OptimSection) -> torch.Tensor:
-    return old * (1 - rate * optim.weight_decay) if buffer.decay and optim.weight_decay else old
+def _decayed(old: torch.Tensor, buffer: Buffer, numbers: Tensors, optim: OptimSection) -> torch.Tensor:
+    if not (buffer.decay and optim.weight_decay):
+        return old
+    return old * (1 - numbers["learning_rate"] * numbers["weight_decay"])

@@ -9,14 +9,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from tptrain.backends.base import TORCH_DTYPES, Backend, Layout, StepFunction, Tensors
+from tptrain.backends.base import TORCH_DTYPES, Apart, Backend, Layout, StepFunction, Tensors
 from tptrain.config.plan import Plan
-from tptrain.config.schema import Recipe
+from tptrain.config.schema import OptimSection, Recipe
 from tptrain.models.calling import call_method
 from tptrain.models.decoder import Decoder
-from tptrain.train.optimizers import OPTIMIZERS
+from tptrain.train.optimizers import OPTIMIZERS, Optimizer
 from tptrain.train.schedule import step_scalars
-from tptrain.train.state import HALTED, join_parts, part_of
+from tptrain.train.state import HALTED, join_parts, part_of, parts_of
 
 # Integers but for the weights, as `Batch` has them.
 BATCH_DTYPES = {
@@ -30,12 +30,19 @@ BATCH_NAMES = tuple(BATCH_DTYPES)
 # The same in the order of `Decoder.mean_loss`.
 LOSS_NAMES = ("tokens", "positions", "segment_ids", "targets", "weights")
 
+# Numbers of an update besides the optimizer's own: of clipping, and whether everything stays as it is.
+_SCALE, _KEEP_OLD = "clip_scale", "keep_old"
+
+
+def _as_they_are(numbers: Tensors, index: int) -> Tensors:
+    return numbers
+
 
 def prepare_step(backend: Backend, plan: Plan) -> tuple[StepFunction, Tensors]:
     """The step of a plan as this backend runs it, and the decoder's constants on the devices."""
     decoder = backend.decoder()
     constants = {name: backend.put_constant(tensor) for name, tensor in decoder.constants().items()}
-    return make_train_step(decoder, backend.layout, plan.recipe), constants
+    return make_train_step(decoder, backend.layout, plan.recipe, backend.apart), constants
 
 
 def step_placeholders(backend: Backend, plan: Plan) -> Tensors:
@@ -46,8 +53,10 @@ def step_placeholders(backend: Backend, plan: Plan) -> Tensors:
     return {**batch, **backend.put_scalars(step_scalars(1, 2, recipe.schedule, recipe.optim))}
 
 
-def make_train_step(decoder: Decoder, layout: Layout, recipe: Recipe) -> StepFunction:
-    """The step of a recipe.
+def make_train_step(
+    decoder: Decoder, layout: Layout, recipe: Recipe, apart: Apart = _as_they_are
+) -> StepFunction:
+    """The step of a recipe. apart: see `Backend.apart`.
 
     state:   what steps change, from `split_frozen`.
     inputs:  the batch (BATCH_NAMES, each [A, B, T]), `step_scalars`, the decoder's constants, the frozen
@@ -57,7 +66,6 @@ def make_train_step(decoder: Decoder, layout: Layout, recipe: Recipe) -> StepFun
     """
     compute = TORCH_DTYPES[recipe.precision.compute]
     constants = tuple(decoder.constants())
-    optimizer = OPTIMIZERS[recipe.optim.name]
 
     def train_step(state: Tensors, inputs: Tensors) -> tuple[Tensors, Tensors]:
         params = part_of(state, "params")
@@ -69,12 +77,7 @@ def make_train_step(decoder: Decoder, layout: Layout, recipe: Recipe) -> StepFun
         norm = global_norm(gradients)
         finite = torch.isfinite(loss) & torch.isfinite(norm)
         keep_old = (state[HALTED] > 0) | ~finite
-        gradients = clipped(gradients, norm, recipe.optim.clip_norm)
-        updated = optimizer.update(state, gradients, inputs, layout, recipe.optim)
-        parts = {
-            part: {n: torch.where(keep_old, old, updated[part][n]) for n, old in part_of(state, part).items()}
-            for part in updated
-        }
+        parts = updated(state, gradients, norm, keep_old, inputs, layout, recipe.optim, apart)
         outputs = {"loss": loss, "counted": counted, "grad_norm": norm, "finite": finite.to(loss.dtype)}
         return join_parts(parts, keep_old.to(torch.int32)), outputs
 
@@ -109,9 +112,39 @@ def global_norm(gradients: Tensors) -> torch.Tensor:
     return torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
 
 
-def clipped(gradients: Tensors, norm: torch.Tensor, limit: float) -> Tensors:
-    """Gradients scaled to a global norm of at most `limit`; as they are for a limit of 0."""
-    if not limit:
-        return gradients
-    scale = torch.clamp(limit / (norm + 1e-6), max=1.0)
-    return {name: gradient * scale for name, gradient in gradients.items()}
+def updated(
+    state: Tensors,
+    gradients: Tensors,
+    norm: torch.Tensor,
+    keep_old: torch.Tensor,
+    inputs: Tensors,
+    layout: Layout,
+    optim: OptimSection,
+    apart: Apart = _as_they_are,
+) -> dict[str, Tensors]:
+    """The parts of the state after an update with these gradients, clipped; as they are where `keep_old`.
+
+    norm: of the gradients. inputs: of the step, for its scalars. apart: see `Backend.apart`.
+    """
+    optimizer = OPTIMIZERS[optim.name]
+    numbers = _update_numbers(inputs, norm, keep_old, optimizer, optim)
+    before, parts = parts_of(state), dict[str, Tensors]()
+    for index, (name, gradient) in enumerate(gradients.items()):
+        old = {part: tensors[name] for part, tensors in before.items() if name in tensors}
+        own = apart(numbers, index)
+        scaled = gradient * own[_SCALE] if _SCALE in own else gradient
+        new = optimizer.update(old, scaled, own, layout.buffers[name], optim)
+        for part, tensor in new.items():
+            parts.setdefault(part, {})[name] = torch.where(own[_KEEP_OLD], old[part], tensor)
+    return parts
+
+
+def _update_numbers(
+    inputs: Tensors, norm: torch.Tensor, keep_old: torch.Tensor, optimizer: Optimizer, optim: OptimSection
+) -> Tensors:
+    """All numbers that the update of any buffer needs, as scalar tensors."""
+    rate = inputs["learning_rate"]
+    scalars = {name: inputs[name] for name in ("learning_rate", *optimizer.scalars(1, optim))}
+    constants = {n: torch.full_like(rate, value) for n, value in optimizer.constants(optim).items()}
+    scale = {_SCALE: torch.clamp(optim.clip_norm / (norm + 1e-6), max=1.0)} if optim.clip_norm else {}
+    return {**scalars, **constants, **scale, _KEEP_OLD: keep_old}

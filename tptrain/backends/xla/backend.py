@@ -106,6 +106,13 @@ class XlaBackend:
         names = [f"{part}.{i}" for i in range(len(facts.layer_period)) for part in ("key", "value")]
         return {name: self._zero(shape, spec, dtype) for name in names}
 
+    def apart(self, numbers: Tensors, index: int) -> Tensors:
+        # A barrier around the numbers and one that no other buffer has: XLA joins only equal instructions.
+        own = [tensor.clone() for tensor in numbers.values()]
+        mark = torch.full_like(next(iter(numbers.values())), float(index))
+        xm.optimization_barrier_([*own, mark])
+        return dict(zip(numbers, own, strict=True))
+
     def compile_step(
         self, function: StepFunction, state: Tensors, inputs: Tensors, specs: Mapping[str, Spec]
     ) -> CapturedStep:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tptrain.config.plan import Plan
+from tptrain.dryrun.tracing import Traced
 from tptrain.estimate.text import bytes_text
 from tptrain.report.plan_page import spec_text
-
-if TYPE_CHECKING:
-    from tptrain.dryrun.tracing import Traced
 
 
 def trace_lines(plan: Plan, traced: Traced) -> list[str]:
