@@ -92,11 +92,13 @@ def mlir_module(proto: bytes, donated: Sequence[int]) -> bytes:
     with jax_mlir.make_ir_context():
         module = ir.Module.parse(text)
         main: Any = ir.SymbolTable(module.operation)["main"]
-        attributes = [{item.name: item.attr for item in argument} for argument in main.attributes[_ARGUMENTS]]
+        stated = main.attributes[_ARGUMENTS] if _ARGUMENTS in main.attributes else [{}] * len(main.arguments)
+        attributes = [{item.name: item.attr for item in argument} for argument in stated]
         for number in donated:
             attributes[number]["jax.buffer_donor"] = ir.BoolAttr.get(True)
         main.attributes[_ARGUMENTS] = ir.ArrayAttr.get([ir.DictAttr.get(each) for each in attributes])
-        return str(module).encode()
+        # With locations, which hold the names of operations and kernels.
+        return module.operation.get_asm(enable_debug_info=True).encode()
 
 
 def _compile_options(devices: Sequence[Any], flags: Mapping[str, str]) -> Any:

@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 import jax
 from jax import export
+from jax._src.interpreters import mlir as jax_mlir
 from jax._src.lib import xla_client  # jaxlib's conversion from StableHLO to HLO has no public name
+from jax._src.lib.mlir.dialects import hlo
 
 # A Pallas kernel. jax.export does not promise that an exported one still runs on a TPU of years to come;
 # here it is compiled in the same run.
@@ -29,6 +31,14 @@ def lower_to_hlo(
         jax.jit(function, keep_unused=True), platforms=[platform], disabled_checks=[_PALLAS_CALL]
     )(*arguments)
     computation = xla_client._xla.mlir.mlir_module_to_xla_computation(
-        exported.mlir_module(), use_tuple_args=False, return_tuple=True
+        _with_names(exported.mlir_module_serialized), use_tuple_args=False, return_tuple=True
     )
     return computation.as_serialized_hlo_module_proto()
+
+
+def _with_names(serialized: bytes) -> str:
+    """The exported module as text with its locations: from them the kernels have their names in HLO."""
+    with jax_mlir.make_ir_context() as context:
+        module = hlo.deserialize_portable_artifact(context, serialized)
+        text: str = module.operation.get_asm(enable_debug_info=True)
+    return text

@@ -61,9 +61,9 @@ class Attention(nn.Module):
         self, x: torch.Tensor, context: LayerContext, cache: KVCache | None
     ) -> tuple[torch.Tensor, KVCache]:
         """x [B, T, D] -> [B, T, D], and the keys and values it attended to."""
-        query = rotate(self._heads(self.q_proj(x)), context.cos, context.sin)
-        key = rotate(self._heads(self.k_proj(x)), context.cos, context.sin)
-        value = self._heads(self.v_proj(x))
+        query = rotate(self._to_heads(x, self.q_proj), context.cos, context.sin)
+        key = rotate(self._to_heads(x, self.k_proj), context.cos, context.sin)
+        value = self._to_heads(x, self.v_proj)
         query = self.marks(query, "query", "act_batch", "act_tokens", "act_heads", "act_head_dim")
         key = self.marks(key, "key", "act_batch", "act_tokens", "act_kv_heads", "act_head_dim")
         value = self.marks(value, "value", "act_batch", "act_tokens", "act_kv_heads", "act_head_dim")
@@ -71,10 +71,20 @@ class Attention(nn.Module):
             key = write_cache(cache.key, key, context.positions)
             value = write_cache(cache.value, value, context.positions)
         output = context.attention(query, key, value, self.kind)
-        return self.o_proj(output.flatten(2)), KVCache(key, value)
+        return self._from_heads(output, self.o_proj), KVCache(key, value)
 
-    def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (-1, self.head_dim))
+    # Products with heads as a dim of their own: of a flat product the TPU's compiler lays the result out once
+    # more before attention can read it.
+
+    def _to_heads(self, x: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
+        """x [B, T, D] -> [B, T, heads, H]."""
+        heads = torch.einsum("btd,nhd->btnh", x, linear.weight.unflatten(0, (-1, self.head_dim)))
+        return heads if linear.bias is None else heads + linear.bias.unflatten(0, (-1, self.head_dim))
+
+    def _from_heads(self, heads: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
+        """heads [B, T, N, H] -> [B, T, D]."""
+        x = torch.einsum("btnh,dnh->btd", heads, linear.weight.unflatten(1, (-1, self.head_dim)))
+        return x if linear.bias is None else x + linear.bias
 
 
 class MLP(nn.Module):
