@@ -18,6 +18,7 @@ from typing import Any
 from tptrain.config.compiler_flags import compiler_flags
 from tptrain.config.plan import Plan
 from tptrain.dryrun.compiling import CompileRequest, compile_program
+from tptrain.dryrun.libtpu import libtpu_at
 from tptrain.dryrun.trace_lines import trace_json, trace_lines
 from tptrain.dryrun.tracing import Traced, trace_in_child
 from tptrain.errors import Problem, raise_if_any, refuse, unknown_name
@@ -80,6 +81,8 @@ def dry_run(plan: Plan, options: DryRunOptions) -> list[Problem]:
 
     Raises ProblemsError for a wrong path of libtpu, TraceError when the step cannot be traced.
     """
+    if options.libtpu is not None:
+        libtpu_at(options.libtpu)  # a wrong path is told before minutes have gone into the other tiers
     found = estimate(plan)
     if not options.as_json:
         print(plan_page(plan, found), flush=True)
