@@ -57,17 +57,28 @@ def make_placeholder_backend(plan: Plan) -> PlaceholderBackend:
     from tptrain.jaxside.process import setup_jax
 
     quiet_libraries()
-    devices = parse_topology(f"cpu-{plan.num_devices}")
+    devices = parse_topology(f"cpu-{_countable(plan.num_devices)}")
     set_environment(devices, os.environ)
-    setup_jax(plan.num_devices)
+    setup_jax(1)  # kernels are lowered for one device
     from tptrain.backends.xla.process import setup_process, use_full_float32
 
     setup_process(devices)
     if plan.recipe.precision.compute == "float32":
         use_full_float32()
-    from tptrain.backends.xla.placeholders import PlaceholderBackend
+    from tptrain.backends.xla.placeholders import PlaceholderBackend, count_devices_as
 
+    count_devices_as(plan.num_devices)
     return PlaceholderBackend(plan)
+
+
+def _countable(devices: int) -> int:
+    """The least number of virtual devices, at least `devices`, that PyTorch's autograd can count.
+
+    It keeps the count in 8 bits with a sign: 128 to 256 devices look like none, 257 like one: enough.
+    """
+    while not 1 <= devices % 256 <= 127:
+        devices += 1
+    return devices
 
 
 def quiet_libraries() -> None:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 import torch_xla
 import torch_xla.distributed.spmd as xs
+import torch_xla.runtime as xr
 from torch_xla.core import xla_builder
 
 from tptrain.backends.base import StepFunction, Tensors, TensorSource, TracedStep
@@ -31,6 +32,12 @@ from tptrain.family import ParamRow
 from tptrain.mesh import Spec
 
 _XLAC = torch_xla._XLAC
+
+
+def count_devices_as(count: int) -> None:
+    """Have torch_xla's meshes take this process for one of `count` devices; those beyond it stay unused."""
+    if xr.global_runtime_device_count() > count:
+        xr.global_runtime_device_count = lambda: count
 
 
 class NoSource:

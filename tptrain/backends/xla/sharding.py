@@ -37,7 +37,7 @@ class DeviceMesh:
         self.order = tuple(order)
         self.xla = xs.Mesh(np.array(order), shape.sizes, AXES)
         self.position_of = {ordinal: position for position, ordinal in enumerate(order)}
-        self.local_ordinals = _local_ordinals(self.xla)
+        self.local_ordinals = tuple(o for o in _local_ordinals(self.xla) if o in self.position_of)
 
     @property
     def local_positions(self) -> tuple[int, ...]:
