@@ -95,26 +95,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def measure(args: argparse.Namespace, row: Row | None) -> dict[str, Any]:
-    from tptrain.config.overrides import apply_overrides
-    from tptrain.config.planning import plan_recipe
-    from tptrain.config.recipe_file import load_recipe
+    from tools.bench.tpu_plans import Case, plan_of
     from tptrain.dryrun.command import compile_request
     from tptrain.dryrun.compiling import compile_program
     from tptrain.dryrun.tracing import trace_in_child
     from tptrain.report.program_lines import program_lines
-    from tptrain.topology import parse_topology
 
-    chips = parse_topology(args.topology).num_devices
-    settings = {
-        "topology": args.topology,
-        "data.path": "train.jsonl",
-        "data.seq_len": args.seq,
-        "data.batch_rows": args.rows * chips,
-        "remat.policy": args.remat,
-        "compiler.tpu_flags": args.flags or "default",
-    }
-    overrides = [*(f"{name}={value}" for name, value in settings.items()), *args.set]
-    plan = plan_recipe(apply_overrides(load_recipe(str(ROOT / "recipes/llama3_8b_gsm8k.py")), overrides))
+    flags = f"compiler.tpu_flags={args.flags or 'default'}"
+    plan = plan_of(Case("8b", args.topology, args.seq, args.rows, args.remat, (flags, *args.set)))
     program = compile_program(compile_request(plan, trace_in_child(plan), args.libtpu))
     print("\n".join(program_lines(program, plan.topology.chip.hbm_bytes)), flush=True)
     about = {
