@@ -11,6 +11,9 @@ from jax._src.interpreters import mlir as jax_mlir
 from jax._src.lib import xla_client  # jaxlib's conversion from StableHLO to HLO has no public name
 from jax._src.lib.mlir.dialects import hlo
 
+# jaxlib's bindings of StableHLO have no type stubs for what is used here.
+_hlo: Any = hlo
+
 # A Pallas kernel. jax.export does not promise that an exported one still runs on a TPU of years to come;
 # here it is compiled in the same run.
 _PALLAS_CALL = export.DisabledSafetyCheck.custom_call("tpu_custom_call")
@@ -39,6 +42,6 @@ def lower_to_hlo(
 def _with_names(serialized: bytes) -> str:
     """The exported module as text with its locations: from them the kernels have their names in HLO."""
     with jax_mlir.make_ir_context() as context:
-        module = hlo.deserialize_portable_artifact(context, serialized)
+        module = _hlo.deserialize_portable_artifact(context, serialized)
         text: str = module.operation.get_asm(enable_debug_info=True)
     return text

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch_xla
@@ -36,8 +37,9 @@ _XLAC = torch_xla._XLAC
 
 def count_devices_as(count: int) -> None:
     """Have torch_xla's meshes take this process for one of `count` devices; those beyond it stay unused."""
-    if xr.global_runtime_device_count() > count:
-        xr.global_runtime_device_count = lambda: count
+    runtime: Any = xr
+    if runtime.global_runtime_device_count() > count:
+        runtime.global_runtime_device_count = lambda: count
 
 
 class NoSource:
