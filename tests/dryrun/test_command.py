@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tptrain.backends.make import countable
 from tptrain.dryrun.command import read_options
 from tptrain.errors import ProblemsError
 
@@ -84,6 +85,13 @@ def test_hundreds_of_chips_are_traced() -> None:
 
 
 @pytest.mark.parametrize(
+    ("chips", "opened"), [(1, 1), (127, 127), (128, 257), (256, 257), (300, 300), (896, 1025), (1024, 1025)]
+)
+def test_devices_are_opened_in_a_number_that_eight_bits_can_count(chips: int, opened: int) -> None:
+    assert countable(chips) == opened
+
+
+@pytest.mark.parametrize(
     ("args", "message"),
     [
         (["--until", "run"], "--until=run: is not a known tier"),
@@ -102,6 +110,8 @@ def test_wrong_options_are_refused(args: list[str], message: str) -> None:
     [
         (["topology=v5q-32"], "v5p-32"),
         (["topology=v5e-4", "--libtpu", "nowhere.so"], "nowhere.so"),
+        (["topology=cpu-2", "--until", "compile"], "--until=compile: needs a slice"),
+        (["topology=v5e-4", "--until", "plan", "--cache", "here"], "--cache=here: has no effect"),
         (["topology=cpu-1", "backend=torch"], "backend=torch: has no step to trace"),
         (["topology=v5e-4", "compiler.tpu_flags=xla_x"], "compiler.tpu_flags=xla_x: must be flags"),
     ],

@@ -275,7 +275,7 @@ def test_a_slice_that_libtpu_cannot_describe(
     monkeypatch.setattr(compiling, "_command", lambda work: [sys.executable, "-c", code, str(work)])
     program = compile_program(ask(), tmp_path)
     assert program.outcome == "no_topology"
-    assert "cannot describe v5e-4: INVALID_ARGUMENT" in program.message and "libtpu=PATH" in program.message
+    assert "cannot describe v5e-4: INVALID_ARGUMENT" in program.message and "--libtpu PATH" in program.message
 
 
 def children() -> list[int]:

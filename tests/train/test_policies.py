@@ -16,8 +16,9 @@ from tptrain.ckpt.policies import (
     steps_to_delete,
 )
 from tptrain.config import EvalSection, SaveSection, ScheduleSection
+from tptrain.config.kept_steps import most_kept
 from tptrain.config.planning import plan_recipe
-from tptrain.train.saving import keep_policies, most_kept, save_policy
+from tptrain.train.saving import keep_policies, save_policy
 
 SAVED = [
     SavedStep(100, {"exact_match": 0.4, "loss": 1.0}),

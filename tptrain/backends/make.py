@@ -10,7 +10,7 @@ from tptrain.backends.base import Backend
 from tptrain.backends.xla.process import set_environment
 from tptrain.config.compiler_flags import compiler_flags
 from tptrain.config.plan import Plan
-from tptrain.topology import parse_topology
+from tptrain.topology import CPU, Topology
 
 if TYPE_CHECKING:
     from tptrain.backends.xla.placeholders import PlaceholderBackend
@@ -57,7 +57,7 @@ def make_placeholder_backend(plan: Plan) -> PlaceholderBackend:
     from tptrain.jaxside.process import setup_jax
 
     quiet_libraries()
-    devices = parse_topology(f"cpu-{_countable(plan.num_devices)}")
+    devices = Topology(CPU, (countable(plan.num_devices), 1, 1))
     set_environment(devices, os.environ)
     setup_jax(1)  # kernels are lowered for one device
     from tptrain.backends.xla.process import setup_process, use_full_float32
@@ -71,7 +71,7 @@ def make_placeholder_backend(plan: Plan) -> PlaceholderBackend:
     return PlaceholderBackend(plan)
 
 
-def _countable(devices: int) -> int:
+def countable(devices: int) -> int:
     """The least number of virtual devices, at least `devices`, that PyTorch's autograd can count.
 
     It keeps the count in 8 bits with a sign: 128 to 256 devices look like none, 257 like one: enough.

@@ -34,9 +34,9 @@ _CAUSAL_DENSITY = 0.5
 
 @dataclass(frozen=True)
 class DryRunOptions:
-    """Options of the command. until: the last tier; libtpu, cache: paths, None for the defaults."""
+    """Options of the command; None for the defaults. until: the last tier. libtpu, cache: paths."""
 
-    until: str = "compile"
+    until: str | None = None
     libtpu: Path | None = None
     cache: Path | None = None
     as_json: bool = False
@@ -65,8 +65,8 @@ def read_options(args: Sequence[str]) -> tuple[DryRunOptions, list[str]]:
             values[name] = given
         else:
             rest.append(arg)
-    until = values.get("--until", "compile")
-    if until not in TIERS:
+    until = values.get("--until")
+    if until is not None and until not in TIERS:
         raise_if_any([unknown_name("--until", until, "tier", TIERS)])
     libtpu, cache = (Path(values[n]).expanduser() if n in values else None for n in ("--libtpu", "--cache"))
     as_json = "--json" in rest
@@ -81,24 +81,27 @@ def dry_run(plan: Plan, options: DryRunOptions) -> list[Problem]:
 
     Raises ProblemsError for a wrong path of libtpu, TraceError when the step cannot be traced.
     """
+    last = options.until or ("compile" if plan.topology.chip.platform == "tpu" else "trace")
+    raise_if_any(_option_problems(plan, options, last))
     if options.libtpu is not None:
         libtpu_at(options.libtpu)  # a wrong path is told before minutes have gone into the other tiers
     found = estimate(plan)
     if not options.as_json:
         print(plan_page(plan, found), flush=True)
     traced = program = None
-    if options.until != "plan":
+    if last != "plan":
         raise_if_any(_backend_problems(plan))
         traced = trace_in_child(plan)
         _say(options, trace_lines(plan, traced))
-    if traced is not None and options.until == "compile" and plan.topology.chip.platform == "tpu":
+    if traced is not None and last == "compile":
         program = compile_program(compile_request(plan, traced, options.libtpu), options.cache)
         _say(options, program_lines(program, plan.topology.chip.hbm_bytes))
     result = DryRun(plan, traced, program)
     if options.as_json:
         print(json.dumps(_as_json(result, plan_json(plan, found)), indent=1))
     # What the compiler has seen stands above what was estimated.
-    memory = memory_problems(plan, found) if program is None or program.memory is None else []
+    judged = program is not None and program.outcome in ("compiled", "out_of_memory")
+    memory = [] if judged else memory_problems(plan, found)
     return [*memory, *_trace_problems(traced), *_compile_problems(plan, program)]
 
 
@@ -131,6 +134,21 @@ def _as_json(result: DryRun, plan: dict[str, Any]) -> dict[str, Any]:
         "trace": trace_json(result.traced) if result.traced else None,
         "program": json.loads(result.program.to_json()) if result.program else None,
     }
+
+
+def _option_problems(plan: Plan, options: DryRunOptions, last: str) -> list[Problem]:
+    """Options that this dry run would not obey."""
+    topology = plan.topology
+    if last == "compile" and topology.chip.platform != "tpu":
+        rule, other = "needs a slice that the TPU compiler knows", f"topology={topology.name}"
+        return [Problem("--until", "compile", rule, other, "topology=v5e-8 or another TPU slice")]
+    given = {"--libtpu": options.libtpu, "--cache": options.cache}
+    other, fix = f"the last tier is {last}", "a TPU topology and --until compile, or without it"
+    return [
+        Problem(name, value, "has no effect where nothing is compiled", other, fix)
+        for name, value in given.items()
+        if value is not None and last != "compile"
+    ]
 
 
 def _backend_problems(plan: Plan) -> list[Problem]:

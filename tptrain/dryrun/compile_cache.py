@@ -43,13 +43,14 @@ class CompileCache:
             return None
         try:
             return replace(CompiledProgram.from_json(path.read_bytes()), cached=True)
-        except ValueError:
+        except (OSError, ValueError):
             # Cut off or of another version: the compile is done again and the file replaced.
             return None
 
     def write(self, key: str, program: CompiledProgram) -> None:
         """Store an outcome that would be the same another time; a reader sees all of it or nothing."""
-        if program.outcome not in _LASTING:
+        unread = program.outcome == "compiled" and program.cost is None
+        if program.outcome not in _LASTING or unread:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=self.folder, suffix=".tmp")

@@ -38,6 +38,7 @@ class Dump:
         try:
             module = parse_module(self._text("after_codegen.txt"))
             cost = analyse(module, self.mesh, self.attention_density)
+            largest = self._hbm_use(module).largest
         # libtpu's text is no stable format: whatever it does to a reader, the program did compile.
         except (HloTextError, LookupError, ValueError, AssertionError) as error:
             return _noted(program, f"the text of the compiled program could not be read: {error!r}")
@@ -46,14 +47,18 @@ class Dump:
             cost=cost,
             aliased_parameters=module.aliased_parameters,
             donated_parameters=module.donated_parameters,
-            largest_buffers=self._hbm_use(module).largest,
+            largest_buffers=largest,
         )
 
     def _refused(self, program: CompiledProgram) -> CompiledProgram:
         shortage = out_of_memory(program.message)
         if shortage is None:
             return replace(program, message=self._mended(program.message))
-        use = self._hbm_use(self._optimised_module())
+        try:
+            use = self._hbm_use(self._optimised_module())
+        except (HloTextError, LookupError, ValueError, AssertionError) as error:
+            program = _noted(program, f"the text of the program could not be read: {error!r}")
+            use = HbmUse(0, ())
         # libtpu's message may leave out the arguments, and rounds to 0.01 GiB.
         shortage = OutOfMemory(max(shortage.needed_bytes, use.total_bytes), shortage.available_bytes)
         needed, available = shortage.needed_bytes / _GIB, shortage.available_bytes / _GIB

@@ -77,7 +77,7 @@ def compile_program(
         raise refuse("dump_dir", dump_dir, rule, "it has files", "a new folder")
     libtpu = libtpu_at(request.libtpu) if request.libtpu else installed_libtpu()
     if libtpu is None:
-        fix = "no TPU compiler is installed: pip install 'tptrain[aot]', or name one with libtpu=PATH"
+        fix = "no TPU compiler is installed: pip install 'tptrain[aot]', or name one with --libtpu PATH"
         return _outcome(request, None, "no_libtpu", fix)
     cache = CompileCache(cache_dir or default_cache_dir())
     key = cache.key(request.hlo_proto, _cache_parts(request, libtpu))
@@ -87,7 +87,11 @@ def compile_program(
         work = Path(scratch)
         dump = dump_dir.absolute() if dump_dir else work / _DUMP
         program = _compiled_in(work, dump, request, libtpu)
-    cache.write(key, program)
+    try:
+        cache.write(key, program)
+    except OSError as error:
+        notice = f"the result could not be kept in {cache.folder}: {error.strerror or error}"
+        program = replace(program, notices=(*program.notices, notice))
     return program
 
 
@@ -234,7 +238,7 @@ def _read_result(
     if result.get("error") == "topology":
         message = (
             f"libtpu {libtpu.version} cannot describe {request.topology.name}: {result['message']}; use a"
-            " smaller slice, or another libtpu with libtpu=PATH"
+            " smaller slice, or another libtpu with --libtpu PATH"
         )
         return _outcome(request, libtpu, "no_topology", message, **measured)
     if result.get("error") == "compile":

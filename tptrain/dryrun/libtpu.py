@@ -50,7 +50,7 @@ def libtpu_at(path: Path) -> Libtpu:
             return Libtpu(library.resolve(), _version_beside(library.resolve()))
     rule = f"must be {LIBRARY} or a folder that libtpu was installed into"
     fix = f"the folder of `pip install --no-deps --target DIR libtpu=={RUN_VERSION}`"
-    raise refuse("libtpu", path, rule, f"looked for {LIBRARY} in it and in libtpu/", fix)
+    raise refuse("--libtpu", path, rule, f"looked for {LIBRARY} in it and in libtpu/", fix)
 
 
 def _version_beside(library: Path) -> str:

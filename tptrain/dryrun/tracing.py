@@ -26,6 +26,7 @@ from tptrain.config.planning import plan_recipe
 from tptrain.errors import TptrainError
 
 _STDERR_LINES = 12
+_WAY_OUT = "try a host with more memory or less other work; --until plan does without tracing"
 # Files of the child's folder.
 _RECIPE, _MODULE, _FACTS = "recipe.json", "module.pb", "traced.json"
 
@@ -91,7 +92,8 @@ def trace_in_child(plan: Plan, timeout_seconds: float = 600.0) -> Traced:
                 command, env=_environment(os.environ), capture_output=True, text=True, timeout=timeout_seconds
             )
         except subprocess.TimeoutExpired as error:
-            raise TraceError(f"tracing was not done after {timeout_seconds:.0f} s and was stopped") from error
+            message = f"tracing was not done after {timeout_seconds:.0f} s and was stopped; {_WAY_OUT}"
+            raise TraceError(message) from error
         if done.returncode:
             raise TraceError(_death(done.returncode, done.stderr))
         return _read(Path(folder))
@@ -108,7 +110,7 @@ def _environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 def _death(code: int, stderr: str) -> str:
     if code == -9:
-        return "tracing was killed by the system (SIGKILL), probably for lack of host memory"
+        return f"tracing was killed by the system (SIGKILL), probably for lack of host memory; {_WAY_OUT}"
     lines = stderr.strip().splitlines()[-_STDERR_LINES:]
     return "\n  ".join([f"tracing ended with exit code {code}; its last lines:", *lines])
 

@@ -140,7 +140,7 @@ def _accumulations(rows: int, shards: int, now: int) -> Iterator[int]:
 
 
 def _shorter_rows(tokens: int) -> Iterator[int]:
-    while tokens > 2:
+    while tokens >= 4:
         tokens //= 2
         yield tokens
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
+from tptrain.config.kept_steps import most_kept
 from tptrain.config.plan import Plan
 from tptrain.estimate.workload import Workload, workload_of
 from tptrain.family import ParamRow
@@ -56,7 +57,7 @@ def host_needs(plan: Plan, work: Workload | None = None) -> HostNeeds:
         save_bytes=round(_SAVE_FACTOR * state / plan.topology.num_hosts),
         export_bytes=_EXPORT_BYTES if export.enabled else None,
         checkpoint_bytes=state,
-        checkpoints=plan.recipe.save.keep_last + 1,
+        checkpoints=most_kept(plan) + 1,
         exported_bytes=exported if export.enabled else None,
     )
 

@@ -16,7 +16,8 @@ from tptrain.family import ModelFacts, parameter_table
 def make_optimizer(
     optim: OptimSection, rate: optax.ScalarOrSchedule, facts: ModelFacts
 ) -> optax.GradientTransformation:
-    """AdamW after clipping by global norm, with weight decay on matrices alone, as in `tptrain.train.step`.
+    """AdamW after clipping by global norm, with weight decay on matrices alone, as in
+    `tptrain.train.optimizers`.
 
     Unlike there, an update that is not finite is applied. Only AdamW with moments in float32 is known here;
     anything else raises ProblemsError.

@@ -218,7 +218,7 @@ class Decoder(nn.Module):
     def forward_cached(
         self, tokens: torch.Tensor, positions: torch.Tensor, caches: Sequence[KVCache]
     ) -> tuple[torch.Tensor, Sequence[KVCache]]:
-        """The same against caches: returns hidden states [B, T, D] after the final norm, and new caches."""
+        """`hidden` against caches: returns hidden states [B, T, D] after the final norm, and new caches."""
         length = caches[0].key.shape[-3]
         masks = {window: cache_mask(positions, length, window) for window in self._windows()}
         return self._run(tokens, positions, PlainAttention(masks, self.marks), caches)

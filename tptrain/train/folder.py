@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tptrain.ckpt.steps import saved_steps
+from tptrain.config.kept_steps import most_kept
 from tptrain.config.plan import Plan
 from tptrain.errors import Problem
 from tptrain.family.table import DTYPE_BYTES
-from tptrain.train.saving import most_kept
 from tptrain.weights import check_export_target, export_bytes
 from tptrain.weights.staging import nearest_existing
 

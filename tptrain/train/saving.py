@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any
@@ -48,18 +47,6 @@ def keep_policies(plan: Plan) -> list[KeepPolicy]:
     if section.keep_best:
         policies.append(KeepBest(section.keep_best, BEST_METRIC))
     return policies
-
-
-def most_kept(plan: Plan) -> int:
-    """How many steps the recipe may keep at a time, as far as the length of the run is known from it."""
-    save, max_steps = plan.recipe.save, plan.recipe.schedule.max_steps
-    kept = save.keep_last + save.keep_best
-    if max_steps is None or save.every_seconds:
-        return kept
-    every = save.every_steps or max_steps
-    if save.keep_every:
-        kept += max_steps // math.lcm(every, save.keep_every)
-    return min(kept, -(-max_steps // every))
 
 
 def run_item(plan: Plan, data_digest: str) -> dict[str, Any]:

@@ -19,7 +19,9 @@ def reserve_space(descriptor: int, num_bytes: int) -> None:
     """
     if _fallocate is None or not num_bytes:
         return
-    if _fallocate(descriptor, 0, ctypes.c_longlong(0), ctypes.c_longlong(num_bytes)):
+    while _fallocate(descriptor, 0, ctypes.c_longlong(0), ctypes.c_longlong(num_bytes)):
         code = ctypes.get_errno()
-        if code not in _CANNOT_RESERVE:
+        if code in _CANNOT_RESERVE:
+            return
+        if code != errno.EINTR:  # a signal, such as one that ends the run after this
             raise OSError(code, os.strerror(code))

@@ -20,7 +20,7 @@ def set_environment(
     """
     environ["JAX_PLATFORMS"] = "cpu"
     environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if topology.name.startswith("cpu-"):
+    if topology.chip.platform == "cpu":
         environ["PJRT_DEVICE"] = "CPU"
         environ["CPU_NUM_DEVICES"] = str(topology.num_devices)
         return
