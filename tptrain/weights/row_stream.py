@@ -46,6 +46,8 @@ def for_each_row(
     stop = threading.Event()
 
     def work(row: ParamRow) -> None:
+        if stop.is_set():
+            return
         try:
             for piece in pieces(row):
                 if stop.is_set():
