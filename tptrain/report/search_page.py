@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,7 +82,7 @@ class SearchRow:
 class SearchPage:
     """All that a search knows when it ends.
 
-    rows:     the candidates that fit by the estimate, best first. too_large: number of those that do not.
+    rows:     the candidates that fit by the estimate, best first. too_large: how many do not.
     given:    the overrides of the command line that stay beside those of a row.
     price:    of a chip-hour in USD; None: no cost is shown.
     finished: False when it was interrupted.
@@ -208,7 +207,7 @@ def search_json(page: SearchPage) -> dict[str, Any]:
 
 def _row_json(page: SearchPage, row: SearchRow) -> dict[str, Any]:
     speed = row.tokens_per_second_per_chip
-    costs = page.price is not None and speed is not None
+    cost = cost_per_billion_tokens(page.price, speed) if page.price and speed else None
     return {
         "overrides": overrides(page, row),
         "can_run": row.can_run,
@@ -217,9 +216,7 @@ def _row_json(page: SearchPage, row: SearchRow) -> dict[str, Any]:
         "step_seconds": row.seconds,
         "step_tokens": row.candidate.step_tokens,
         "tokens_per_second_per_chip": speed,
-        "usd_per_billion_tokens": cost_per_billion_tokens(page.price or 0.0, speed or math.inf)
-        if costs
-        else None,
+        "usd_per_billion_tokens": cost,
         "hbm_bytes": row.hbm_bytes,
         "estimated_hbm_bytes": row.candidate.found.memory.total_bytes,
         "cached": row.program.cached if row.program else None,
