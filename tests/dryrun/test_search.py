@@ -168,6 +168,21 @@ def test_nothing_that_can_be_planned_is_refused_with_the_reasons(capsys: pytest.
     assert out.out == "" and "data.seq_len=600: must not exceed the model's positions" in out.err
 
 
+def test_a_slice_on_which_nothing_fits_is_refused_with_what_would_fit(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", "/nowhere")
+    recipe = str(ROOT / "recipes" / "llama3_8b_gsm8k.py")
+    given = ["topology=v5e-8", "remat.policy=full", "mesh.tensor=1"]
+    assert cli.main(["search", recipe, *given, "--compile=0"]) == 2
+    out = capsys.readouterr()
+    # 8 chips as data x fsdp in four ways; 64 rows in 1, 2, 4 or 8 micro-batches, or 16, 32 or 64, too small.
+    assert "28 layouts looked at; 12 refused, 16 larger than a chip's memory" in out.out
+    assert "topology=v5e-8: must have a layout that can run" in out.err
+    # Twelve bytes a parameter over eight chips leave no room for gradients; the moments have to shrink.
+    assert "optim." in out.err and "mesh.fsdp=8" in out.err
+
+
 def test_devices_without_published_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["search", TINY, "topology=cpu-2", "remat.policy=full"]) == 0
     out = capsys.readouterr().out

@@ -30,6 +30,7 @@ from tptrain.dryrun.libtpu import installed_libtpu, libtpu_at
 from tptrain.dryrun.options import split_options
 from tptrain.dryrun.tracing import TraceError, trace_in_child
 from tptrain.errors import ProblemsError, refuse
+from tptrain.estimate import memory_problems
 from tptrain.estimate.candidates import SEARCHED, Candidate, Survey, layouts
 from tptrain.report.search_page import SearchPage, SearchRow, ordered, search_json, search_lines
 from tptrain.topology import Topology
@@ -126,7 +127,7 @@ def search(recipe: Recipe, given: Sequence[str], options: SearchOptions) -> int:
     if not finished:
         return INTERRUPTED
     if page.best is None:
-        raise _none_fits(topology, page)
+        raise _none_fits(topology, page, progress.survey)
     return 0
 
 
@@ -177,8 +178,13 @@ def compiled_row(candidate: Candidate, options: SearchOptions) -> SearchRow:
     return SearchRow(candidate, compile_program(request, options.cache))
 
 
-def _none_fits(topology: Topology, page: SearchPage) -> ProblemsError:
-    rule = "must have a layout that can run"
-    tried = f"{len(page.rows)} compiled or estimated, {page.too_large} larger than a chip's memory"
-    fix = "a larger slice, fewer data.batch_rows, or what tptrain dryrun proposes for one layout"
-    return refuse("topology", topology.name, rule, tried, fix)
+def _none_fits(topology: Topology, page: SearchPage, survey: Survey) -> ProblemsError:
+    """The refusal of a slice, with what would make its smallest layout fit."""
+    smallest = min(survey.candidates, key=lambda one: one.found.memory.total_bytes)
+    problems = memory_problems(smallest.plan, smallest.found)
+    fix = "a larger slice, or what the rows say"
+    if problems:
+        layout = " ".join(f"{path}={value}" for path, value in smallest.changes.items())
+        fix = f"{problems[0].fix} (with {layout})"
+    tried = f"{len(page.rows)} failed, {page.too_large} are larger than a chip's memory by the estimate"
+    return refuse("topology", topology.name, "must have a layout that can run", tried, fix)
