@@ -29,6 +29,9 @@ usage: tptrain COMMAND ...
   tptrain dryrun RECIPE topology=v5p-32 [...]        the same, then trace and compile the real step
       --until plan|trace|compile                     the last of the three tiers
       --libtpu PATH  --cache DIR  --json             another compiler, where results are kept, one JSON object
+  tptrain search RECIPE topology=v5p-32 [...]        rank meshes, remat policies and micro-batches by speed
+      --compile N  --batch N,M  --price USD          how many are compiled, other batch rows, cost of tokens
+      --libtpu PATH  --cache DIR  --json             as above; Ctrl-C shows what is known, the same goes on
   tptrain train RECIPE [setting=value ...]           train, and export a Hugging Face folder
       --resume auto|never|STEP                       go on with the run in output_dir (resume=...)
       --unverified                                   also from a checkpoint without digests (unverified=true)
@@ -45,7 +48,8 @@ _HELP = ("--help", "-h", "help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The console command. Returns the exit code: 0, 2 for what the user can mend, 75 for a run to resume."""
+    """The console command. Returns the exit code: 0, 2 for what the user can mend, 75 for a run to
+    resume, 130 for a search that Ctrl-C ended."""
     args = list(sys.argv[1:] if argv is None else argv)
     return _told(lambda: _dispatch(args))
 
@@ -88,7 +92,7 @@ def _dispatch(args: list[str]) -> int:
 
 def _is_bare_help(args: list[str]) -> bool:
     """`tptrain plan --help`, with no recipe whose settings could be shown."""
-    return args[0] in ("plan", "dryrun", "train") and len(args) == 2 and args[1] in _HELP
+    return args[0] in ("plan", "dryrun", "search", "train") and len(args) == 2 and args[1] in _HELP
 
 
 def _unknown_command(word: str) -> Problem:
@@ -124,6 +128,16 @@ def _dryrun_command(args: list[str]) -> int:
     return _OK
 
 
+def _search_command(args: list[str]) -> int:
+    from tptrain.dryrun.search import read_options, search
+
+    options, rest = read_options(args)
+    recipe, overrides = _recipe_and_overrides("search", rest)
+    if _asks_help(overrides):
+        return _show_help(recipe, "tptrain search RECIPE")
+    return search(recipe, overrides, options)
+
+
 def _train_command(args: list[str]) -> int:
     recipe, overrides = _recipe_and_overrides("train", args)
     return _train(recipe, overrides, "tptrain train RECIPE")
@@ -138,6 +152,7 @@ def _generate_command(args: list[str]) -> int:
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": _plan_command,
     "dryrun": _dryrun_command,
+    "search": _search_command,
     "train": _train_command,
     "generate": _generate_command,
 }

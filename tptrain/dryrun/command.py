@@ -19,9 +19,10 @@ from tptrain.config.compiler_flags import compiler_flags
 from tptrain.config.plan import Plan
 from tptrain.dryrun.compiling import CompileRequest, compile_program
 from tptrain.dryrun.libtpu import libtpu_at
+from tptrain.dryrun.options import split_options
 from tptrain.dryrun.trace_lines import trace_json, trace_lines
 from tptrain.dryrun.tracing import Traced, trace_in_child
-from tptrain.errors import Problem, raise_if_any, refuse, unknown_name
+from tptrain.errors import Problem, raise_if_any, unknown_name
 from tptrain.estimate import estimate, memory_problems
 from tptrain.program.compiled import CompiledProgram
 from tptrain.report.plan_page import plan_json, plan_page
@@ -53,24 +54,12 @@ class DryRun:
 
 def read_options(args: Sequence[str]) -> tuple[DryRunOptions, list[str]]:
     """The options among the arguments, and all other arguments."""
-    values: dict[str, str] = {}
-    rest: list[str] = []
-    remaining = iter(args)
-    for arg in remaining:
-        name, equals, value = arg.partition("=")
-        if name in ("--until", "--libtpu", "--cache"):
-            given = value if equals else next(remaining, "")
-            if not given:
-                raise refuse(name, "", "needs a value", "it is the last argument", f"{name} {_EXAMPLE[name]}")
-            values[name] = given
-        else:
-            rest.append(arg)
-    until = values.get("--until")
+    found = split_options(args, _EXAMPLE, ("--json",))
+    until = found.values.get("--until")
     if until is not None and until not in TIERS:
         raise_if_any([unknown_name("--until", until, "tier", TIERS)])
-    libtpu, cache = (Path(values[n]).expanduser() if n in values else None for n in ("--libtpu", "--cache"))
-    as_json = "--json" in rest
-    return DryRunOptions(until, libtpu, cache, as_json), [arg for arg in rest if arg != "--json"]
+    options = DryRunOptions(until, found.path("--libtpu"), found.path("--cache"), "--json" in found.flags)
+    return options, found.rest
 
 
 _EXAMPLE = {"--until": "trace", "--libtpu": "path/to/libtpu.so", "--cache": "path/to/folder"}
@@ -102,7 +91,7 @@ def dry_run(plan: Plan, options: DryRunOptions) -> list[Problem]:
     # What the compiler has seen stands above what was estimated.
     judged = program is not None and program.outcome in ("compiled", "out_of_memory")
     memory = [] if judged else memory_problems(plan, found)
-    return [*memory, *_trace_problems(traced), *_compile_problems(plan, program)]
+    return [*memory, *trace_problems(traced), *_compile_problems(plan, program)]
 
 
 def compile_request(plan: Plan, traced: Traced, libtpu: Path | None) -> CompileRequest:
@@ -158,7 +147,7 @@ def _backend_problems(plan: Plan) -> list[Problem]:
     return [Problem("backend", plan.recipe.backend, rule, "--until trace", "backend=xla, or --until plan")]
 
 
-def _trace_problems(traced: Traced | None) -> list[Problem]:
+def trace_problems(traced: Traced | None) -> list[Problem]:
     """Faults of the step itself: it would compile twice, or move its state at every step."""
     problems = []
     if traced is not None and not traced.is_steady:
