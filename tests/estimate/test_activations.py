@@ -6,7 +6,7 @@ import ast
 
 import pytest
 
-from tests.estimate.workloads import ROOT, small_work
+from tests.estimate.workloads import ROOT, llama3_plan, small_work
 from tptrain.estimate.activations import (
     KEPT,
     LAYER,
@@ -18,7 +18,7 @@ from tptrain.estimate.activations import (
     shared_bytes,
     stream_bytes,
 )
-from tptrain.estimate.workload import Workload
+from tptrain.estimate.workload import Workload, workload_of
 
 # 12 of 48 rows on a device, 256 tokens of each; half of the heads, MLP and vocabulary; bfloat16.
 TOKENS = 12 * 256
@@ -97,6 +97,19 @@ def test_in_flight_is_a_layer_and_the_gradients_of_its_larger_block() -> None:
     mlp = splash["mlp_input"] + 3 * splash["gate"]
     assert sum(splash.values()) - mlp < mlp  # so that the MLP is the larger block here
     assert in_flight_bytes(small_work(attention="splash"), 16.0) == sum(splash.values()) + mlp
+
+
+def test_a_fused_backward_kernel_writes_the_gradient_of_queries_for_each_tile_of_keys() -> None:
+    settings = ("kernels.splash_fused_backward=true", "kernels.splash_block_kv=1024")
+    fused = workload_of(llama3_plan("v5p-32", 8192, 16, "kernels.attention=splash", *settings))
+    separate = workload_of(llama3_plan("v5p-32", 8192, 16, "kernels.attention=splash"))
+    assert (fused.query_gradient_parts, separate.query_gradient_parts) == (8, 0)
+    one = 8192 * 4096 * 2
+    block = {"attention": 0, "mlp": 0}
+    for activation in layer_activations(separate):
+        block[activation.block] += device_bytes(activation, separate)
+    grown = in_flight_bytes(fused, 0.0) - in_flight_bytes(separate, 0.0)
+    assert grown == max(block["attention"] + 8 * one, block["mlp"]) - max(block.values()) > 0
 
 
 def test_chunks_of_the_loss_hold_their_part_of_the_logits() -> None:

@@ -15,7 +15,10 @@ def test_files_hold_no_padding() -> None:
     assert needs.checkpoint_bytes == 12 * ELEMENTS
     assert needs.exported_bytes == 2 * ELEMENTS
     assert host_needs(small_plan("export.dtype=float32")).exported_bytes == 4 * ELEMENTS
-    assert needs.checkpoints == 3
+    # The run of 40 steps saves at its end alone; a longer one keeps two, beside the one that is written.
+    assert needs.checkpoints == 2
+    longer = small_plan("schedule.max_steps=4000", "save.keep_every=2000")
+    assert host_needs(longer).checkpoints == 2 + 2 + 1
 
 
 def test_no_export_needs_nothing() -> None:

@@ -19,6 +19,16 @@ def test_model_flops_by_hand() -> None:
     assert step_flops(small_work("optim.accumulation=4")).model == 6 * MATRICES * TOKENS + 3 * ATTENTION
 
 
+def test_frozen_matrices_have_no_gradient_of_their_own() -> None:
+    down = 3 * 176 * 96
+    trained = step_flops(small_work("model.trainable=model.layers.*.mlp.down_proj.weight")).model
+    assert trained == (4 * MATRICES + 2 * down) * TOKENS + 3 * ATTENTION
+    # Below a head that is trained alone, nothing goes back.
+    layers, head = MATRICES - 1031 * 96, 1031 * 96
+    alone = step_flops(small_work("model.trainable=lm_head.weight")).model
+    assert alone == (2 * layers + 6 * head) * TOKENS + ATTENTION
+
+
 @pytest.mark.parametrize(
     ("remat", "attention", "matrices", "attention_part"),
     [

@@ -141,4 +141,6 @@ def in_flight_bytes(work: Workload, bytes_per_score: float) -> int:
         else:
             values += device_bytes(activation, work)
             gradients[activation.block] += device_bytes(activation, work)
+            if activation.name == "query":
+                gradients["attention"] += work.query_gradient_parts * device_bytes(activation, work)
     return work.period * values + max(gradients.values())

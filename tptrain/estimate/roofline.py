@@ -75,16 +75,27 @@ def attended_pairs(tokens: int, window: int | None) -> int:
 def step_flops(work: Workload) -> Flops:
     """6 x parameters in matrix products x tokens, and causal attention: 12 x N x H a pair of tokens.
 
+    Less for frozen matrices, which have no gradient of their own, and where none goes through the layers.
     The embedding is a look-up and has none, as long as it is not the head as well. Recomputed: 2 x parameters
     x tokens and 4 x N x H a pair for the matrix products of a layer whose output the remat policy drops.
     """
     tokens, kept = step_tokens(work), KEPT[work.remat]
     products = [row for row in work.layer_rows if len(row.size) == 2]
-    matrices = sum(row.num_elements for row in products) + work.head.num_elements
+    matrices = sum(_passes(row, work) * row.num_elements for row in [*products, work.head])
     again = sum(row.num_elements for row in products if _is_recomputed(row, kept))
     attention = _attention_flops(work)
-    model = _PASSES * (2 * matrices * tokens + attention)
+    model = 2 * matrices * tokens + (_PASSES if _goes_back(work) else 1) * attention
     return Flops(model, 2 * again * tokens + _recomputed_part(work) * attention)
+
+
+def _passes(row: ParamRow, work: Workload) -> int:
+    """Products with a matrix: forward, for the gradient of its input, and for its own where it is trained."""
+    return _PASSES if row.trainable else _PASSES - 1 if _goes_back(work) else 1
+
+
+def _goes_back(work: Workload) -> bool:
+    """Whether gradients go through the layers: something in them, or the embedding below them, is trained."""
+    return any(row.trainable for row in (*work.layer_rows, work.embedding))
 
 
 def step_tokens(work: Workload) -> int:
@@ -172,7 +183,8 @@ def _network_seconds(
 
 def _update_bytes(work: Workload) -> int:
     """Read and written: weights and moments, and read: gradients."""
-    state = memory(work).arguments
-    trained = sum(work.local_elements(row) for row in work.table if row.trainable)
+    moving = [row for row in work.table if row.trainable]
+    weights = sum(work.local_elements(row) * DTYPE_BYTES[row.storage_dtype] for row in moving)
     width = work.compute_bytes if work.micro_batches == 1 else DTYPE_BYTES["float32"]
-    return 2 * (state["parameters"] + state["optimizer state"]) + trained * width
+    gradients = sum(work.local_elements(row) for row in moving) * width
+    return 2 * (weights + memory(work).arguments["optimizer state"]) + gradients

@@ -45,6 +45,7 @@ class Workload:
     compute:           format of activations and of weights inside the step.
     remat:             name of the remat policy.
     attention:         "plain" keeps the scores of every pair of tokens in memory, "splash" never does.
+    query_gradient_parts: how many copies of the queries' gradient a fused backward kernel writes; 0: no such.
     loss_chunk_tokens: tokens of every row whose logits exist at a time, the gradients being made along with
                        the loss; None for a loss that automatic differentiation takes of all logits at once.
     """
@@ -61,6 +62,7 @@ class Workload:
     compute: str = "bfloat16"
     remat: str = "full"
     attention: Attention = "plain"
+    query_gradient_parts: int = 0
     loss_chunk_tokens: int | None = None
 
     @property
@@ -151,8 +153,15 @@ def workload_of(plan: Plan) -> Workload:
         compute=recipe.precision.compute,
         remat=recipe.remat.policy,
         attention="splash" if plan.splash else "plain",
+        query_gradient_parts=_query_gradient_parts(plan),
         loss_chunk_tokens=plan.loss_chunk_tokens,
     )
+
+
+def _query_gradient_parts(plan: Plan) -> int:
+    """One for each tile of keys where splash attention's backward kernel is the fused one."""
+    fused = plan.splash is not None and plan.splash.fused_backward
+    return plan.recipe.data.seq_len // plan.splash.key if plan.splash is not None and fused else 0
 
 
 def adamw_state(table: Sequence[ParamRow], specs: Mapping[str, Spec]) -> tuple[StateTensor, ...]:
