@@ -8,7 +8,7 @@ import pytest
 
 from tests.estimate.workloads import GIB, llama3_work, small_work
 from tptrain.estimate.memory import FITTED, Memory, memory, verdict
-from tptrain.estimate.workload import StateTensor, adamw_state
+from tptrain.estimate.workload import StateTensor
 
 # Numbers of one layer on one device of fsdp=4 x tensor=2: q, o; k, v; gate, up, down; two norms, not split.
 LAYER = (2 * 96 * 96 + 2 * 48 * 96 + 3 * 176 * 96) // 8 + 2 * 96
@@ -161,7 +161,10 @@ def test_frozen_rows_have_no_moments_and_no_gradients() -> None:
         dataclasses.replace(row, trainable=False, storage_dtype="bfloat16") if "mlp" in row.name else row
         for row in work.table
     )
-    frozen_work = dataclasses.replace(work, table=table, optimizer=adamw_state(table, work.specs))
+    moments = tuple(
+        StateTensor(row, work.specs[row.name]) for _ in range(2) for row in table if row.trainable
+    )
+    frozen_work = dataclasses.replace(work, table=table, optimizer=moments)
     found = memory(frozen_work)
     frozen = 3 * 3 * 176 * 96 // 8
     assert found.arguments["parameters"] == 4 * (LOCAL - frozen) + 2 * frozen

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import tptrain
+from tptrain.dryrun.child import child_environment, last_lines
 from tptrain.dryrun.compile_cache import CompileCache, default_cache_dir
 from tptrain.dryrun.compiled_text import Dump
 from tptrain.dryrun.libtpu import RUN_VERSION, Libtpu, installed_libtpu, libtpu_at
@@ -28,7 +28,6 @@ from tptrain.topology import Topology
 # process does not import because it imports jax.
 _CHILD = "tptrain.jaxside.aot_compile"
 _REQUEST, _PROGRAM, _RESULT, _DUMP = "request.json", "program.pb", "result.json", "dump"
-_STDERR_LINES = 12
 
 
 @dataclass(frozen=True)
@@ -168,11 +167,8 @@ def _environment(request: CompileRequest, libtpu: Libtpu, dump: Path) -> dict[st
         # libtpu reads the slice's shape from these too, which a TPU VM may have in its environment.
         *("WRAP", "ALT", "HOST_BOUNDS", "CHIPS_PER_HOST_BOUNDS"),
     )
-    env = {name: value for name, value in os.environ.items() if not name.startswith(steering)}
-    root = str(Path(tptrain.__file__).parent.parent)
     return {
-        **env,
-        "PYTHONPATH": os.pathsep.join(part for part in (root, env.get("PYTHONPATH", "")) if part),
+        **child_environment(os.environ, steering),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_dump_to={dump} --xla_dump_hlo_as_text=true",
         "TPU_LIBRARY_PATH": str(libtpu.library),
@@ -222,7 +218,7 @@ def _death(code: int, stderr: Path) -> tuple[Outcome, str]:
         )
         return "killed", message
     how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-    lines = stderr.read_text(errors="replace").strip().splitlines()[-_STDERR_LINES:]
+    lines = last_lines(stderr.read_text(errors="replace"))
     said = "\n  ".join(["its last lines:", *lines]) if lines else "it said nothing"
     return "crashed", f"the compiler ended {how}; {said}"
 

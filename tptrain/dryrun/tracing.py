@@ -12,20 +12,20 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import TypeAdapter
 
-import tptrain
 from tptrain.backends.base import TracedStep
 from tptrain.config import Recipe
 from tptrain.config.plan import Plan
 from tptrain.config.planning import plan_recipe
+from tptrain.dryrun.child import child_environment, last_lines
 from tptrain.errors import TptrainError
 
-_STDERR_LINES = 12
+# Devices and compiler flags of the caller are not those of the child.
+_STEERING = ("XLA_", "PJRT_", "CPU_NUM_DEVICES", "JAX_", "LIBTPU_", "TPU_")
 _WAY_OUT = "try a host with more memory or less other work; --until plan does without tracing"
 # Files of the child's folder.
 _RECIPE, _MODULE, _FACTS = "recipe.json", "module.pb", "traced.json"
@@ -88,8 +88,9 @@ def trace_in_child(plan: Plan, timeout_seconds: float = 600.0) -> Traced:
         (Path(folder) / _RECIPE).write_bytes(TypeAdapter(Recipe).dump_json(recipe))
         command = [sys.executable, "-m", "tptrain.dryrun.tracing", folder]
         try:
+            environment = child_environment(os.environ, _STEERING)
             done = subprocess.run(
-                command, env=_environment(os.environ), capture_output=True, text=True, timeout=timeout_seconds
+                command, env=environment, capture_output=True, text=True, timeout=timeout_seconds
             )
         except subprocess.TimeoutExpired as error:
             message = f"tracing was not done after {timeout_seconds:.0f} s and was stopped; {_WAY_OUT}"
@@ -99,20 +100,11 @@ def trace_in_child(plan: Plan, timeout_seconds: float = 600.0) -> Traced:
         return _read(Path(folder))
 
 
-def _environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The child's environment: devices and compiler flags of the caller are not taken over."""
-    steering = ("XLA_", "PJRT_", "CPU_NUM_DEVICES", "JAX_", "LIBTPU_", "TPU_")
-    kept = {name: value for name, value in environ.items() if not name.startswith(steering)}
-    root = str(Path(tptrain.__file__).parent.parent)
-    path = os.pathsep.join(part for part in (root, kept.get("PYTHONPATH", "")) if part)
-    return {**kept, "PYTHONPATH": path}
-
-
 def _death(code: int, stderr: str) -> str:
     if code == -9:
         return f"tracing was killed by the system (SIGKILL), probably for lack of host memory; {_WAY_OUT}"
-    lines = stderr.strip().splitlines()[-_STDERR_LINES:]
-    return "\n  ".join([f"tracing ended with exit code {code}; its last lines:", *lines])
+    said = last_lines(stderr)
+    return "\n  ".join([f"tracing ended with exit code {code}; its last lines:", *said])
 
 
 def _write(folder: Path, traced: Traced) -> None:

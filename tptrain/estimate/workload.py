@@ -7,7 +7,7 @@ hand where a choice is to be compared that no recipe has yet.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -162,8 +162,3 @@ def _query_gradient_parts(plan: Plan) -> int:
     """One for each tile of keys where splash attention's backward kernel is the fused one."""
     fused = plan.splash is not None and plan.splash.fused_backward
     return plan.recipe.data.seq_len // plan.splash.key if plan.splash is not None and fused else 0
-
-
-def adamw_state(table: Sequence[ParamRow], specs: Mapping[str, Spec]) -> tuple[StateTensor, ...]:
-    """AdamW's two moments of every trained row, in the format of the row."""
-    return tuple(StateTensor(row, specs[row.name]) for _ in range(2) for row in table if row.trainable)
