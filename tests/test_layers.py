@@ -20,7 +20,7 @@ PACKAGE = Path(tptrain.__file__).parent
 # A part of the package may import itself and the parts before it.
 LAYERS = (
     *("errors", "untrusted", "hf_files", "topology", "family", "mesh", "config", "estimate", "program"),
-    *("report", "models", "data", "weights"),
+    *("report", "heap", "models", "data", "weights"),
     *("jaxside", "backends", "ckpt", "generate", "export", "convert", "eval", "train"),
     *("dryrun", "cli", "__main__"),
 )

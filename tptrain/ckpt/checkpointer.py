@@ -25,6 +25,7 @@ from tptrain.ckpt.snapshot import Snapshot
 from tptrain.ckpt.steps import RUN, delete_step, remove_leftovers, set_aside, with_metrics
 from tptrain.config.plan import Plan
 from tptrain.errors import TptrainError
+from tptrain.heap import trim_heap
 from tptrain.jaxside.hosts import barrier, is_primary
 
 # (begin or end, phase, step)
@@ -127,6 +128,7 @@ class Checkpointer:
     def _finish(self, step: int, metrics: Mapping[str, float]) -> None:
         """In the background: wait for Orbax, publish, delete what is no longer kept."""
         phase = "write"
+        trim_heap()  # of what the copy has left; here the run does not wait for it
         try:
             assert self._orbax is not None
             self._orbax.wait_until_finished()
@@ -141,6 +143,7 @@ class Checkpointer:
             self._error = self._failed(step, error)
             self._say(str(self._error))
         finally:
+            trim_heap()
             self._on_phase("end", phase, step)
             self.in_flight = None
 

@@ -30,9 +30,9 @@ from tptrain.backends.shards import Slices
 from tptrain.ckpt.arrays import chunk_file, chunks_of, create_array
 from tptrain.ckpt.digests import FileDigest, digest_chunk
 
-# How much may be on its way to the disk at a time. What is written from a snapshot is not copied, so this
-# bounds the memory of weights that are read block by block.
-IN_FLIGHT_BYTES = 256 * 2**20
+# How much may be on its way to the disk at a time. It bounds the memory of weights that are read block by
+# block, and of the copies that tensorstore makes; more of it is no faster.
+IN_FLIGHT_BYTES = 64 * 2**20
 
 Pieces = Iterable[tuple[Slices, np.ndarray]]
 

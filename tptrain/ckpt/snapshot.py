@@ -18,10 +18,12 @@ from tptrain.ckpt.arrays import chunk_shape, to_numpy
 from tptrain.ckpt.host_array import HostArray, Pieces
 from tptrain.config.plan import Plan
 from tptrain.family import ParamRow
+from tptrain.heap import trim_heap
 from tptrain.mesh import Spec, shard_slices
 
-# Shards are fetched in groups of about this size: larger ones are no faster, and their memory comes on top.
-GROUP_BYTES = 32 * 2**20
+# Shards are fetched in groups of about this size: larger ones are no faster, and their memory comes on top,
+# twice, as a literal of the runtime and as tensors.
+GROUP_BYTES = 8 * 2**20
 
 AxisSizes = Mapping[str, int]
 
@@ -106,6 +108,7 @@ class Snapshot:
 
     def __init__(self, plan: Plan, backend: Backend, parts: Sequence[str]):
         """Allocates memory for what this process writes: the state, without replicas and padding."""
+        trim_heap()  # placing the state has left room for half of it in the heap, where none of this goes
         self._backend = backend
         sizes, local = plan.mesh.axis_sizes, backend.local_positions
         self._copies = {
@@ -124,23 +127,26 @@ class Snapshot:
     def take(self, parts: Mapping[str, Tensors]) -> None:
         """Copy the parts (buffers by name) from the devices. The steps that make them are waited for."""
         self._backend.sync()
-        for part, tensors in parts.items():
-            # Not a group ahead in a thread: memory that another thread has freed is not used again.
-            for group in _groups(tensors):
-                fetched = self._backend.fetch_shards({name: tensors[name] for name in group})
-                for name in group:
-                    self._copies[part][name].take(fetched.pop(name))
+        # Not a group ahead in a thread: memory that another thread has freed is not used again.
+        for group in _groups(parts):
+            fetched = self._backend.fetch_shards({"/".join(key): parts[key[0]][key[1]] for key in group})
+            for part, name in group:
+                self._copies[part][name].take(fetched.pop(f"{part}/{name}"))
 
 
-def _groups(tensors: Tensors) -> Iterator[list[str]]:
-    """Names in groups of about GROUP_BYTES; a larger tensor is a group of its own."""
-    group: list[str] = []
-    size = 0
-    for name, tensor in tensors.items():
-        if group and size + tensor.nbytes > GROUP_BYTES:
+def _groups(parts: Mapping[str, Tensors]) -> Iterator[list[tuple[str, str]]]:
+    """(part, name) in groups of about GROUP_BYTES; a larger tensor is a group of its own.
+
+    The largest come first: what they have freed then has room for every later one.
+    """
+    sizes = {(part, name): t.nbytes for part, tensors in parts.items() for name, t in tensors.items()}
+    group: list[tuple[str, str]] = []
+    group_bytes = 0
+    for key, size in sorted(sizes.items(), key=lambda item: item[1], reverse=True):
+        if group and group_bytes + size > GROUP_BYTES:
             yield group
-            group, size = [], 0
-        group.append(name)
-        size += tensor.nbytes
+            group, group_bytes = [], 0
+        group.append(key)
+        group_bytes += size
     if group:
         yield group
