@@ -361,7 +361,7 @@ def test_libtpu_is_found_by_any_of_its_paths() -> None:
 
 def test_the_version_of_a_run_is_that_of_pyproject() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert extras["tpu"] == [f"libtpu=={RUN_VERSION}"]
+    assert extras["tpu"] == extras["aot"] == [f"libtpu=={RUN_VERSION}"]
 
 
 @pytest.mark.parametrize(
