@@ -173,6 +173,11 @@ def test_collectives_keep_their_axis_on_a_permuted_order(ask: Ask, tmp_path: Pat
     assert program.cost is not None
     table = {(use.kind, use.axes, use.group_size) for use in program.cost.collectives if use.dtype == "bf16"}
     assert ("all-gather", ("fsdp",), 4) in table and ("all-reduce", ("tensor",), 2) in table
+    (assignment,) = (tmp_path / "dump").glob("*buffer-assignment.txt")
+    in_hbm = re.findall(
+        r"^allocation \d+: size (\d+)(?:, page \d+)?, preallocated-temp", assignment.read_text(), re.M
+    )
+    assert program.memory and program.memory.temporary_bytes == sum(map(int, in_hbm))
     # 4 chips gather a weight of which each has an eighth.
     (gather,) = (use for use in program.cost.collectives if use.kind == "all-gather")
     assert gather.num_bytes == 4 * 3 * (512 * 1280 // 8) * 2 * 3

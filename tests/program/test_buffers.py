@@ -47,7 +47,9 @@ GIB = 2**30
 
 
 def test_hbm_is_the_allocations_without_a_color() -> None:
-    assert hbm_use(ASSIGNMENT, None).total_bytes == (4 + 3 + 2 + 12) * GIB + 512
+    use = hbm_use(ASSIGNMENT, None)
+    assert use.total_bytes == (4 + 3 + 2 + 12) * GIB + 512
+    assert use.temporary_bytes == 12 * GIB + 512
 
 
 def test_the_largest_buffers_by_name() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from tptrain.program.compiled import CompiledProgram, Outcome
 
 # Raised when a result's meaning or form changes, so that older files are not found.
-_FORM = 1
+_FORM = 2
 # The others depend on the machine, or may pass when tried again.
 _LASTING: tuple[Outcome, ...] = ("compiled", "out_of_memory", "refused", "no_topology")
 

@@ -38,16 +38,19 @@ class Dump:
         try:
             module = parse_module(self._text("after_codegen.txt"))
             cost = analyse(module, self.mesh, self.attention_density)
-            largest = self._hbm_use(module).largest
+            use = self._hbm_use(module)
         # libtpu's text is no stable format: whatever it does to a reader, the program did compile.
         except (HloTextError, LookupError, ValueError, AssertionError) as error:
             return _noted(program, f"the text of the compiled program could not be read: {error!r}")
+        assert program.memory is not None
         return replace(
             program,
+            # Statistics of 0.0.21 count code as well, and twice what lives through a call.
+            memory=replace(program.memory, temporary_bytes=use.temporary_bytes),
             cost=cost,
             aliased_parameters=module.aliased_parameters,
             donated_parameters=module.donated_parameters,
-            largest_buffers=largest,
+            largest_buffers=use.largest,
         )
 
     def _refused(self, program: CompiledProgram) -> CompiledProgram:
@@ -58,7 +61,7 @@ class Dump:
             use = self._hbm_use(self._optimised_module())
         except (HloTextError, LookupError, ValueError, AssertionError) as error:
             program = _noted(program, f"the text of the program could not be read: {error!r}")
-            use = HbmUse(0, ())
+            use = HbmUse(0, 0, ())
         # libtpu's message may leave out the arguments, and rounds to 0.01 GiB.
         shortage = OutOfMemory(max(shortage.needed_bytes, use.total_bytes), shortage.available_bytes)
         needed, available = shortage.needed_bytes / _GIB, shortage.available_bytes / _GIB

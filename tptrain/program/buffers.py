@@ -50,9 +50,13 @@ class _Allocation:
 
 @dataclass(frozen=True)
 class HbmUse:
-    """HBM of a program. total_bytes: of all allocations, arguments included, aliased ones once."""
+    """HBM of a program. total_bytes: of all allocations, arguments included, aliased ones once.
+
+    temporary_bytes: of what is neither argument nor output.
+    """
 
     total_bytes: int
+    temporary_bytes: int
     largest: tuple[Buffer, ...]
 
 
@@ -85,7 +89,8 @@ def hbm_use(
             kind = "output" if "maybe-live-out" in allocation.traits else "temporary"
             buffers += _disjoint(allocation, names, kind)
     largest = sorted(buffers, key=lambda buffer: -buffer.num_bytes)[:count]
-    return HbmUse(sum(one.size for one in allocations), tuple(largest))
+    temporary = sum(one.size for one in allocations if "preallocated-temp" in one.traits)
+    return HbmUse(sum(one.size for one in allocations), temporary, tuple(largest))
 
 
 def _allocations(assignment: str) -> Iterator[_Allocation]:

@@ -24,7 +24,7 @@ Outcome = Literal[
 
 @dataclass(frozen=True)
 class Memory:
-    """What libtpu says of a compiled program, in bytes of one chip.
+    """A compiled program, in bytes of one chip: libtpu's statistics, temporaries from its buffer assignment.
 
     aliased_bytes: outputs that take over the memory of arguments. host_bytes: offloaded to the host's memory.
     """
