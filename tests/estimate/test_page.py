@@ -71,7 +71,7 @@ def test_verdict_sentences() -> None:
     }
     seen = set()
     for rows in range(64, 512, 16):
-        plan = llama3_plan("v6e-16", 2048, rows)
+        plan = llama3_plan("v6e-16", 1024, rows)
         found = estimate(plan)
         sentence = verdict_sentence(plan, found)
         assert sentence.startswith("By the estimate a step needs ")

@@ -42,10 +42,14 @@ class Fitted:
     """What only the compiler knows, as numbers that can be fitted to its own reports.
 
     logits_copies:   logits and whatever has their shape, in units of the logits in the compute format, while
-                     their gradient is made.
+                     their gradient is made, and before that of the head is there.
+    chunk_logits:    the same with the loss in chunks, where the head's gradient is there all the time.
     stream_copies:   activations [B, T, D] around the loss: input and output of the last norm, a gradient.
     gathered:        collected matrices of a layer that exist at a time, in units of the largest: the one in
                      use and the one on its way.
+    in_flight:       activations and their gradients in the backward pass of a layer, over what its operations
+                     read and write: copies in another layout, and a splash kernel's residuals, which have 128
+                     lanes for every number.
     one_row_scores:  copies of the plain core's scores, in the compute format, while the backward pass of a
                      layer makes their gradient, for one row on a device. Seen: 3 in bfloat16.
     scores_bytes:    bytes of each score at that time for several rows on a device: the compiler then writes
@@ -54,8 +58,10 @@ class Fitted:
     """
 
     logits_copies: float = 2.0
+    chunk_logits: float = 1.0
     stream_copies: float = 3.0
     gathered: float = 2.0
+    in_flight: float = 1.5
     one_row_scores: float = 3.0
     scores_bytes: float = 16.0
     temporaries: float = 1.0
@@ -150,19 +156,22 @@ def _phases(work: Workload, fitted: Fitted) -> tuple[Phase, ...]:
 
 
 def _loss_phases(work: Workload, fitted: Fitted, in_layers: Mapping[str, int]) -> list[Phase]:
-    """Around the head. With chunks, its gradient is summed in float32 while logits come and go."""
+    """Around the head. With several chunks, its gradient is summed in float32 while logits come and go."""
     around = {
         **in_layers,
         "gathered weights": _used_bytes(work.head, work),
         "activations in flight": round(fitted.stream_copies * stream_bytes(work)),
     }
     logits, head = logits_bytes(work), _gathered(_trained([work.head]), work)
-    both = {"logits": round(fitted.logits_copies * logits)}
-    if work.loss_chunk_tokens is None:
+    if work.loss_chunk_tokens is None or work.loss_chunk_tokens >= work.tokens:
+        both = {"logits": round(fitted.logits_copies * logits)}
         gradient = {"logits": logits, _UNREDUCED: head * work.compute_bytes}
         return [Phase("loss", {**around, **both}), Phase("gradient of the head", {**around, **gradient})]
-    chunk = head * work.compute_bytes if work.loss_chunk_tokens < work.tokens else 0
-    return [Phase("loss", {**around, **both, _UNREDUCED: head * _SUM_BYTES + chunk})]
+    chunk = {
+        "logits": round(fitted.chunk_logits * logits),
+        _UNREDUCED: head * (_SUM_BYTES + work.compute_bytes),
+    }
+    return [Phase("loss", {**around, **chunk})]
 
 
 def _layer_parts(work: Workload, fitted: Fitted) -> dict[str, int]:
@@ -175,7 +184,9 @@ def _layer_parts(work: Workload, fitted: Fitted) -> dict[str, int]:
     )
     return {
         "gathered weights": round(fitted.gathered * matrix),
-        "activations in flight": in_flight_bytes(work, _bytes_per_score(work, fitted)),
+        "activations in flight": round(
+            fitted.in_flight * in_flight_bytes(work, _bytes_per_score(work, fitted))
+        ),
         _UNREDUCED: gradient,
         "gradients": _local(done, work) * work.compute_bytes,
     }
