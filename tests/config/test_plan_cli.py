@@ -48,6 +48,14 @@ def _tiny_plan(*overrides: str) -> Plan:
     return plan_recipe(apply_overrides(load_recipe(TINY), [*MESH, *overrides]), {})
 
 
+def test_flags_of_the_tpu_compiler_are_idle_on_cpu() -> None:
+    flags = "compiler.tpu_flags=--xla_tpu_enable_latency_hiding_scheduler=true"
+    for topology, devices in (("auto", 1), ("cpu-8", 8)):
+        recipe = apply_overrides(load_recipe(TINY), [f"topology={topology}", flags])
+        (notice,) = (each for each in plan_recipe(recipe, {}).notices if "tpu_flags" in each)
+        assert notice.endswith(f"has no effect with topology=cpu-{devices}.")
+
+
 def test_plan_imports_no_framework() -> None:
     code = (
         "import sys\nfrom tptrain.cli import main\ncode = main(sys.argv[1:])\n"

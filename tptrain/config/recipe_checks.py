@@ -10,6 +10,7 @@ from tptrain.config.schema import Recipe
 from tptrain.config.settings import settings, shown, value_of
 from tptrain.errors import Problem, nearest, unknown_name
 from tptrain.family import ModelFacts
+from tptrain.topology import Topology
 
 BUILTIN_DATA = ("builtin:word_problems",)
 
@@ -207,7 +208,7 @@ def _is_one_file(path: str | None) -> bool:
     return path is not None and (path.startswith("builtin:") or path.endswith(_FILE_SUFFIXES))
 
 
-def _idle_settings(recipe: Recipe) -> list[tuple[bool, str, tuple[str, ...]]]:
+def _idle_settings(recipe: Recipe, topology: Topology) -> list[tuple[bool, str, tuple[str, ...]]]:
     """(whether it holds, what holds, the settings that do nothing then)."""
     model, data, export, evaluation = recipe.model, recipe.data, recipe.export, recipe.eval
     eval_settings = (
@@ -244,20 +245,20 @@ def _idle_settings(recipe: Recipe) -> list[tuple[bool, str, tuple[str, ...]]]:
             ("save.keep_every",),
         ),
         (recipe.backend == "torch", "backend=torch", ("compiler.tpu_flags",)),
-        (recipe.topology.startswith("cpu-"), f"topology={recipe.topology}", ("compiler.tpu_flags",)),
+        (topology.chip.platform != "tpu", f"topology={topology.name}", ("compiler.tpu_flags",)),
         (recipe.resume == "never", "resume=never", ("unverified",)),
         (model.pretrained is not None, f"model.pretrained={model.pretrained}", ("seed",)),
     ]
 
 
-def idle_notices(recipe: Recipe) -> list[str]:
+def idle_notices(recipe: Recipe, topology: Topology) -> list[str]:
     """A sentence for every setting that was changed from its default and does nothing in this run.
 
     Notices and not problems: one override (`export.enabled=false`, a local data.path) must not oblige a user
     to take back what the recipe says beside it.
     """
     notices: dict[str, str] = {}
-    for holds, what, idle in _idle_settings(recipe):
+    for holds, what, idle in _idle_settings(recipe, topology):
         for setting in (settings()[path] for path in idle if holds):
             value = value_of(recipe, setting)
             if value != setting.default:

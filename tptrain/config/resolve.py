@@ -118,7 +118,7 @@ def finish(parts: Parts) -> Plan:
         micro_rows=recipe.data.batch_rows // recipe.optim.accumulation,
         output_dir=recipe.run_folder,
         export_dir=_export_dir(recipe),
-        notices=(*model.notices, *attention.notices, *idle_notices(recipe)),
+        notices=(*model.notices, *attention.notices, *idle_notices(recipe, topology)),
     )
 
 
