@@ -32,7 +32,7 @@ from tptrain.family import ParamRow, stored_rows
 from tptrain.jaxside.specs import jax_mesh
 from tptrain.mesh import shard_slices
 
-PERMUTED = (5, 2, 7, 0, 3, 6, 1, 4)
+PERMUTED = (6, 2, 7, 3, 4, 0, 5, 1)
 IDENTITY = tuple(range(8))
 STEP, RUN = 7, {"step": 7, "cursor": 56, "seeds": {"data": 3}}
 

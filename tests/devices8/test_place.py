@@ -16,7 +16,7 @@ from tptrain.family import ParamRow, stored_rows
 from tptrain.mesh import shard_slices
 from tptrain.weights import SafetensorsSource
 
-PERMUTED = (5, 2, 7, 0, 3, 6, 1, 4)
+PERMUTED = (6, 2, 7, 3, 4, 0, 5, 1)
 MESHES = {"8x1": (8, 1, 1), "4x2": (4, 2, 1), "2x4": (2, 4, 1), "1x8": (1, 8, 1), "2x2x2": (2, 2, 2)}
 
 

@@ -18,7 +18,7 @@ from tptrain.mesh import Spec, shard_slices
 
 # data, fsdp, tensor
 MESHES = {"8x1": (1, 8, 1), "4x2": (1, 4, 2), "2x4": (1, 2, 4), "1x8": (1, 1, 8), "2x2x2": (2, 2, 2)}
-ORDERS = {"as they come": (0, 1, 2, 3, 4, 5, 6, 7), "permuted": (5, 2, 7, 0, 3, 6, 1, 4)}
+ORDERS = {"as they come": (0, 1, 2, 3, 4, 5, 6, 7), "permuted": (6, 2, 7, 3, 4, 0, 5, 1)}
 
 # Ordinal of a device -> start and stop in every dim of what it holds.
 Held = dict[int, tuple[tuple[int, int], ...]]

@@ -25,7 +25,7 @@ from tptrain.jaxside.flax_decoder import FlaxDecoder
 from tptrain.jaxside.specs import jax_mesh, named_sharding
 from tptrain.mesh import Spec
 
-PERMUTED = (5, 2, 7, 0, 3, 6, 1, 4)
+PERMUTED = (6, 2, 7, 3, 4, 0, 5, 1)
 MESHES = [(8, 1, 1), (4, 2, 1), (1, 8, 1), (2, 2, 2), (2, 1, 4), (1, 4, 2)]
 
 

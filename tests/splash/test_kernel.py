@@ -19,7 +19,7 @@ from tptrain.mesh import STYLES, MeshShape, spec_of
 from tptrain.models.attention import AttentionCore, AttentionKind, PlainAttention
 from tptrain.models.marks import Marks
 
-PERMUTED = (5, 2, 7, 0, 3, 6, 1, 4)
+PERMUTED = (6, 2, 7, 3, 4, 0, 5, 1)
 ACTS = STYLES["fsdp+tensor"].acts
 DIMS = {
     "query": ("act_batch", "act_tokens", "act_heads", "act_head_dim"),

@@ -5,6 +5,9 @@ the chips' network. tptrain computes that order with JAX's own `mesh_utils` on s
 the topology's coordinates, so it needs no TPU, no libtpu and no JAX backend, and gives torch_xla the same
 mesh that a JAX program would have. Devices are told apart by (slice, coordinates, core), never by id: ids,
 list positions and torch_xla's ordinals are three different numberings.
+
+One exception: the ring in which JAX lays out a single tray of v5e or v6e (4 or 8 chips). On a mesh of several
+axes it is an order that torch_xla cannot use (`tptrain.mesh.order`), and ascending ids take its place.
 """
 
 from __future__ import annotations
@@ -14,9 +17,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 from jax.experimental import mesh_utils
 
 from tptrain.errors import Problem, ProblemsError, raise_if_any, refuse
+from tptrain.mesh.order import mixed_replicas
 from tptrain.topology import DeviceCoords, Shape, Topology
 
 Place = tuple[int, Shape, int]
@@ -59,8 +64,9 @@ def device_order(topology: Topology, ici_sizes: Sequence[int], dcn_sizes: Sequen
 
     The rule: `create_device_mesh` (or `create_hybrid_device_mesh` for several slices) with its default
     arguments; where it refuses because an axis would have to share a dimension of the network with another
-    one (v6e 16x16 as 64 x 4), the same call with allow_split_physical_axes=True. A JAX program has to
-    follow the same rule to get the same mesh. Virtual CPU devices keep their order.
+    one (v6e 16x16 as 64 x 4), the same call with allow_split_physical_axes=True. An order in which XLA would
+    mix up replicas for torch_xla gives way to ascending ids within each slice. A JAX program has to follow
+    the same rule to get the same mesh. Virtual CPU devices keep their order.
     """
     _check_sizes(topology, ici_sizes, dcn_sizes)
     devices = _stand_ins(topology)
@@ -68,6 +74,9 @@ def device_order(topology: Topology, ici_sizes: Sequence[int], dcn_sizes: Sequen
         mesh = _create_mesh(ici_sizes, dcn_sizes, devices, split=False)
     except NotImplementedError:
         mesh = _create_split_mesh(topology, ici_sizes, dcn_sizes, devices)
+    # torch_xla's ordinals are ranks of the ids.
+    if mixed_replicas([device.id for device in mesh.flat], _numbered(mesh.shape)):
+        mesh = _ascending_mesh(ici_sizes, dcn_sizes, devices)
     return tuple(device.position for device in mesh.flat)
 
 
@@ -174,6 +183,19 @@ def _create_split_mesh(
         other = f"a slice is {topology.shape_text} chips"
         fix = "axis sizes that are products of whole sides of the slice"
         raise refuse("mesh", value, rule, other, fix) from error
+
+
+def _numbered(sizes: Sequence[int]) -> dict[str, int]:
+    """Axis sizes by name, where axes have no names."""
+    return {str(axis): size for axis, size in enumerate(sizes)}
+
+
+def _ascending_mesh(ici: Sequence[int], dcn: Sequence[int], devices: list[_StandIn]) -> Any:
+    """The mesh in which ids ascend within each slice, slices being the outer part of every axis."""
+    flat = np.array(sorted(devices, key=lambda device: (device.slice_index, device.id)), dtype=object)
+    interleaved = [axis for i in range(len(ici)) for axis in (i, len(ici) + i)]
+    sizes = [inner * outer for inner, outer in zip(ici, dcn, strict=True)]
+    return flat.reshape(*dcn, *ici).transpose(interleaved).reshape(sizes)
 
 
 def _attached_device(item: Mapping[str, Any] | AttachedDevice) -> AttachedDevice:

@@ -14,10 +14,14 @@ import torch
 import torch_xla
 import torch_xla.distributed.spmd as xs
 
+from tptrain.errors import refuse
 from tptrain.mesh import AXES, MeshShape, Spec, shard_slices
+from tptrain.mesh.order import mixed_replicas
 from tptrain.mesh.rules import split_count
 
 _XLAC = torch_xla._XLAC
+
+_SHOWN_ORDINALS = 16
 
 
 def partition_spec(spec: Spec) -> tuple[tuple[str, ...] | None, ...]:
@@ -28,11 +32,13 @@ def partition_spec(spec: Spec) -> tuple[tuple[str, ...] | None, ...]:
 class DeviceMesh:
     """The mesh of a plan over the runtime's devices.
 
-    order: runtime ordinals in mesh order; every device of the runtime occurs once.
+    order: runtime ordinals in mesh order; every device of the runtime occurs once. Raises ProblemsError for
+           an order in which XLA would mix up replicas.
     """
 
     def __init__(self, shape: MeshShape, order: Sequence[int]):
         assert sorted(order) == list(range(shape.num_devices)), "order must be a permutation of the ordinals"
+        _check_order(shape, order)
         self.axis_sizes = shape.axis_sizes
         self.order = tuple(order)
         self.xla = xs.Mesh(np.array(order), shape.sizes, AXES)
@@ -107,6 +113,16 @@ class DeviceMesh:
             index = ... if shard.indices is Ellipsis else tuple(shard.indices)
             whole[index] = shard.data
         return whole
+
+
+def _check_order(shape: MeshShape, order: Sequence[int]) -> None:
+    mixed = mixed_replicas(order, shape.axis_sizes)
+    if mixed:
+        shown = ", ".join(str(ordinal) for ordinal in order[:_SHOWN_ORDINALS])
+        more = ", ..." if len(order) > _SHOWN_ORDINALS else ""
+        rule = f"replicas over {' and '.join(mixed)}, by ascending ordinal, must stand alike in every group"
+        other = f"ordinals in mesh order: {shown}{more}"
+        raise refuse("mesh", shape.describe(), rule, other, "one axis above 1, or ordinals that ascend")
 
 
 def _local_ordinals(mesh: xs.Mesh) -> tuple[int, ...]:
