@@ -21,7 +21,7 @@ LOGITS = 12 * 256 * 516 * 2
 # Values: input, q, k, v, attended and what is after it; input, gate, up, hidden. Gradients of the first six,
 # and 16 bytes a score, of 4 of 8 heads.
 ATTENTION, MLP = 12 * 256 * 2 * (2 * 96 + 2 * 48 + 2 * 24), 12 * 256 * 2 * (96 + 3 * 88)
-IN_FLIGHT = FITTED.in_flight * (2 * ATTENTION + MLP + 16 * 12 * 4 * 256 * 256)
+IN_FLIGHT = round(FITTED.in_flight * (2 * ATTENTION + MLP + 16 * 12 * 4 * 256 * 256))
 
 
 def _phases(found: Memory) -> dict[str, dict[str, int]]:
@@ -74,7 +74,7 @@ def test_the_peak_is_the_largest_phase() -> None:
     assert found.temporary_bytes == found.peak.total_bytes == sum(found.peak.parts.values())
     assert found.total_bytes == found.argument_bytes + found.temporary_bytes
     # Without scores the logits of a larger vocabulary are the largest.
-    large = small_work("model.config.vocab_size=4127", attention="splash")
+    large = small_work("model.config.vocab_size=8191", attention="splash")
     assert memory(large).peak.name == "loss"
 
 
@@ -108,7 +108,8 @@ def test_twice_the_rows_are_twice_the_activations_and_the_same_weights() -> None
     for phase, parts in twice.items():
         for name, size in parts.items():
             grows = name in ("kept activations", "masks and rotary tables", "activations in flight", "logits")
-            assert size == (2 if grows else 1) * once[phase][name], (phase, name)
+            expected = (2 if grows else 1) * once[phase][name]
+            assert abs(size - expected) <= 1, (phase, name)  # a factor of the compiler may have rounded it
 
 
 def test_accumulation_takes_float32_sums_and_smaller_activations() -> None:
@@ -129,7 +130,9 @@ def test_one_row_on_a_device_and_float32_need_fewer_scores() -> None:
         rows = int(overrides[0].split("=")[1]) // 4
         found = _phases(memory(small_work(*overrides)))["backward pass of the layers"]
         others = rows * width * (2 * ATTENTION + MLP) // (12 * 2)
-        assert found["activations in flight"] == FITTED.in_flight * (others + 3 * width * rows * scores)
+        assert found["activations in flight"] == round(
+            FITTED.in_flight * (others + 3 * width * rows * scores)
+        )
 
 
 def test_chunks_of_the_loss_sum_the_head_in_float32() -> None:
@@ -137,8 +140,10 @@ def test_chunks_of_the_loss_sum_the_head_in_float32() -> None:
     assert "gradient of the head" not in found
     assert found["loss"]["logits"] == LOGITS / 8
     assert found["loss"]["gradients before their reduction"] == (4 + 2) * 4 * HEAD
-    # A chunk of all tokens sums nothing.
-    assert memory(small_work(loss_chunk_tokens=256)) == memory(small_work())
+    # A chunk of all tokens sums nothing, and makes one copy of the logits do.
+    whole, plain = (_phases(memory(small_work(loss_chunk_tokens=n))) for n in (256, None))
+    assert plain.pop("loss")["logits"] == 2 * LOGITS
+    assert whole == plain
 
 
 def test_float32_compute_needs_no_copies_and_wider_activations() -> None:
@@ -197,7 +202,8 @@ def test_a_period_of_two_layers_keeps_half_the_inputs_and_works_with_both() -> N
     one, two = (_phases(memory(each))["backward pass of the layers"] for each in (work, pair))
     assert two["kept activations"] == one["kept activations"] / 2
     # Scores exist for one layer at a time.
-    assert two["activations in flight"] - one["activations in flight"] == FITTED.in_flight * (ATTENTION + MLP)
+    more = two["activations in flight"] - one["activations in flight"]
+    assert more == pytest.approx(FITTED.in_flight * (ATTENTION + MLP), abs=1)
     # A mask for each window.
     assert two["masks and rotary tables"] - one["masks and rotary tables"] == 12 * 256 * 256
 

@@ -69,10 +69,19 @@ def layer_activations(work: Workload) -> list[Activation]:
     return [activation for activation in LAYER if activation.core in (None, work.attention)]
 
 
+# A TPU's memory holds the last dim of an array in tiles of so many numbers.
+_LANES = 128
+
+
 def act_sizes(work: Workload) -> dict[str, int]:
-    """Dim of an activation -> its size over all devices, in one micro-batch."""
+    """Dim of an activation -> its size over all devices, in one micro-batch.
+
+    A kernel reads and writes heads with their own dim last, which memory then pads to whole tiles: with a
+    head dim of 64 half of it is padding. Other programs let the compiler choose another dim.
+    """
     facts = work.facts
     head = work.head
+    lanes = _LANES if work.attention == "splash" else 1
     return {
         "act_batch": work.rows,
         "act_tokens": work.tokens,
@@ -81,7 +90,7 @@ def act_sizes(work: Workload) -> dict[str, int]:
         "act_heads": facts.num_attention_heads,
         "act_kv_heads": facts.num_key_value_heads,
         "act_group": facts.num_attention_heads // facts.num_key_value_heads,
-        "act_head_dim": facts.head_dim,
+        "act_head_dim": -(-facts.head_dim // lanes) * lanes,
         "act_mlp": facts.intermediate_size,
         "act_vocab": head.padded_size[head.dims.index("vocab")],
     }

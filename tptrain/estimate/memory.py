@@ -42,8 +42,8 @@ class Fitted:
     """What only the compiler knows, as numbers that can be fitted to its own reports.
 
     logits_copies:   logits and whatever has their shape, in units of the logits in the compute format, while
-                     their gradient is made, and before that of the head is there.
-    chunk_logits:    the same with the loss in chunks, where the head's gradient is there all the time.
+                     their gradient is made by autograd, before that of the head is there.
+    chunk_logits:    the same with the loss in several chunks, where the head's gradient is always there.
     stream_copies:   activations [B, T, D] around the loss: input and output of the last norm, a gradient.
     gathered:        collected matrices of a layer that exist at a time, in units of the largest: the one in
                      use and the one on its way.
@@ -61,7 +61,7 @@ class Fitted:
     chunk_logits: float = 1.0
     stream_copies: float = 3.0
     gathered: float = 2.0
-    in_flight: float = 1.5
+    in_flight: float = 1.35
     one_row_scores: float = 3.0
     scores_bytes: float = 16.0
     temporaries: float = 1.0
@@ -156,22 +156,23 @@ def _phases(work: Workload, fitted: Fitted) -> tuple[Phase, ...]:
 
 
 def _loss_phases(work: Workload, fitted: Fitted, in_layers: Mapping[str, int]) -> list[Phase]:
-    """Around the head. With several chunks, its gradient is summed in float32 while logits come and go."""
+    """Around the head. The loss by autograd has two phases; with chunks, gradients are made along with it.
+
+    Several chunks sum the head's gradient in float32 while logits come and go.
+    """
     around = {
         **in_layers,
         "gathered weights": _used_bytes(work.head, work),
         "activations in flight": round(fitted.stream_copies * stream_bytes(work)),
     }
     logits, head = logits_bytes(work), _gathered(_trained([work.head]), work)
-    if work.loss_chunk_tokens is None or work.loss_chunk_tokens >= work.tokens:
-        both = {"logits": round(fitted.logits_copies * logits)}
-        gradient = {"logits": logits, _UNREDUCED: head * work.compute_bytes}
-        return [Phase("loss", {**around, **both}), Phase("gradient of the head", {**around, **gradient})]
-    chunk = {
-        "logits": round(fitted.chunk_logits * logits),
-        _UNREDUCED: head * (_SUM_BYTES + work.compute_bytes),
-    }
-    return [Phase("loss", {**around, **chunk})]
+    whole = Phase("gradient of the head", {**around, "logits": logits, _UNREDUCED: head * work.compute_bytes})
+    if work.loss_chunk_tokens is None:
+        return [Phase("loss", {**around, "logits": round(fitted.logits_copies * logits)}), whole]
+    if work.loss_chunk_tokens >= work.tokens:
+        return [whole]
+    sums = {_UNREDUCED: head * (_SUM_BYTES + work.compute_bytes)}
+    return [Phase("loss", {**around, "logits": round(fitted.chunk_logits * logits), **sums})]
 
 
 def _layer_parts(work: Workload, fitted: Fitted) -> dict[str, int]:
