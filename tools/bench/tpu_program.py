@@ -78,9 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None, about: str | None = __doc__) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", type=int, choices=range(len(ROWS)), help="a row of MaxText's, from 0")
     parser.add_argument("--topology", default="v5p-32")
     parser.add_argument("--seq", type=int, default=2048, help="tokens of a row")

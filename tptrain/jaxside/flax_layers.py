@@ -177,9 +177,7 @@ class PlainAttention:
     def __init__(self, segment_ids: jax.Array, windows: Iterable[int | None]):
         self.masks = {window: causal_mask(segment_ids, window) for window in windows}
 
-    def __call__(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, window: int | None
-    ) -> jax.Array:
+    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, window: int | None) -> jax.Array:
         # Heads share keys by grouping, so keys are never repeated in memory.
         grouped = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[-1])
         scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key)

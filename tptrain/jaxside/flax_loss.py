@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from tptrain.jaxside.flax_layers import Mark, widened
 
-Chunk = tuple[jax.Array, jax.Array, jax.Array]
+Chunk = tuple[jax.Array, ...]
 Gradients = tuple[jax.Array, jax.Array]
 
 _STREAM = ("act_batch", "act_tokens", "act_embed")
@@ -69,7 +69,9 @@ def _forward(
     cut = tuple(_cut(x, chunks) for x in (hidden, targets, weights))
     one_chunk = partial(_one_chunk, head=head, total=total, mark=mark)
 
-    def body(carry: tuple[jax.Array, jax.Array], chunk: Chunk) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    def body(
+        carry: tuple[jax.Array, jax.Array], chunk: Chunk
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         loss, grad_x, grad_head = one_chunk(chunk)
         return (carry[0] + loss, carry[1] + mark(grad_head, "grad_head", _HEADS)), grad_x
 

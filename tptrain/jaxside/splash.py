@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -94,15 +95,16 @@ def splash_backward_hlo(call: SplashCall) -> bytes:
 def splash_attention(
     call: SplashCall, query: jax.Array, key: jax.Array, value: jax.Array, ids: jax.Array, name: str
 ) -> jax.Array:
-    """The kernel for a JAX program, with its gradient: query [B, T, N, H], key [B, T, K, H], value, ids [B, T].
+    """The kernel for a JAX program, with its gradient.
 
+    query [B, T, N, H], key and value [B, T, K, H], ids [B, T]; returns the attended values, like the query.
     name: of the attended values and their logsumexp, for `jax.checkpoint`: a policy that saves it keeps the
-    forward kernel from running again in the backward pass. Returns the attended values, like the query.
+          forward kernel from running again in the backward pass.
     """
     kernel = _kernel(call, save_residuals=False, residual_checkpoint_name=name)
 
     def one_row(query: jax.Array, key: jax.Array, value: jax.Array, ids: jax.Array) -> jax.Array:
-        return kernel(query, key, value, SegmentIds(ids, ids))
+        return cast(jax.Array, kernel(query, key, value, SegmentIds(ids, ids)))
 
     query, key, value = _scaled(_swapped(query), call), _swapped(key), _swapped(value)
     return _swapped(jax.vmap(one_row)(query, key, value, ids))
