@@ -27,7 +27,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tptrain.config.plan import Plan
+    from tptrain.dryrun.compiling import CompileRequest
+    from tptrain.program.compiled import CompiledProgram
 
 GIB = 2**30
 ROOT = Path(__file__).parents[2]
@@ -72,10 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if found["outcome"] == "compiled" else 1
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse(argv: Sequence[str] | None, about: str | None = __doc__) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", type=int, choices=range(len(ROWS)), help="a row of MaxText's, from 0")
     parser.add_argument("--topology", default="v5p-32")
     parser.add_argument("--seq", type=int, default=2048, help="tokens of a row")
@@ -95,27 +98,50 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def measure(args: argparse.Namespace, row: Row | None) -> dict[str, Any]:
+    found = measured(compiled(our_request(plan_for(args), args.libtpu)))
+    return {**shape_of(args), **found, "over_maxtext": ratios(found, row)}
+
+
+def plan_for(args: argparse.Namespace) -> Plan:
     from tools.bench.tpu_plans import Case, plan_of
-    from tptrain.dryrun.command import compile_request
-    from tptrain.dryrun.compiling import compile_program
-    from tptrain.dryrun.tracing import trace_in_child
-    from tptrain.report.program_lines import program_lines
 
     flags = f"compiler.tpu_flags={args.flags or 'default'}"
-    plan = plan_of(Case("8b", args.topology, args.seq, args.rows, args.remat, (flags, *args.set)))
-    program = compile_program(compile_request(plan, trace_in_child(plan), args.libtpu))
-    print("\n".join(program_lines(program, plan.topology.chip.hbm_bytes)), flush=True)
-    about = {
+    return plan_of(Case("8b", args.topology, args.seq, args.rows, args.remat, (flags, *args.set)))
+
+
+def shape_of(args: argparse.Namespace) -> dict[str, Any]:
+    return {
         "topology": args.topology,
         "seq": args.seq,
         "rows_per_chip": args.rows,
         "remat": args.remat,
         "flags": args.flags or "default",
-        "libtpu": program.libtpu,
-        "outcome": program.outcome,
     }
+
+
+def our_request(plan: Plan, libtpu: Path | None) -> CompileRequest:
+    """Our own step of a plan, traced."""
+    from tptrain.dryrun.command import compile_request
+    from tptrain.dryrun.tracing import trace_in_child
+
+    return compile_request(plan, trace_in_child(plan), libtpu)
+
+
+def compiled(request: CompileRequest) -> CompiledProgram:
+    """The program of a request; it is printed."""
+    from tptrain.dryrun.compiling import compile_program
+    from tptrain.report.program_lines import program_lines
+
+    program = compile_program(request)
+    print("\n".join(program_lines(program, request.topology.chip.hbm_bytes)), flush=True)
+    return program
+
+
+def measured(program: CompiledProgram) -> dict[str, Any]:
+    """A program in numbers; without them where it did not compile."""
+    outcome = {"libtpu": program.libtpu, "outcome": program.outcome}
     if program.memory is None or program.cost is None:
-        return about
+        return outcome
     memory, cost = program.memory, program.cost
     score = cost.estimated_seconds + cost.kernel_seconds
     numbers = {
@@ -132,7 +158,7 @@ def measure(args: argparse.Namespace, row: Row | None) -> dict[str, Any]:
         "compile_seconds": program.compile_seconds,
     }
     found = {name: round(value, 4) if value is not None else None for name, value in numbers.items()}
-    return {**about, **found, "collectives": collectives(cost), "over_maxtext": ratios(found, row)}
+    return {**outcome, **found, "collectives": collectives(cost)}
 
 
 def collectives(cost: Any) -> list[dict[str, Any]]:
@@ -149,8 +175,8 @@ def collectives(cost: Any) -> list[dict[str, Any]]:
 
 
 def ratios(found: dict[str, Any], row: Row | None) -> dict[str, float] | None:
-    """Ours over MaxText's; None where no row was named."""
-    if row is None:
+    """Ours over MaxText's; None where no row was named or nothing compiled."""
+    if row is None or "peak_gib" not in found:
         return None
     names = ("peak_gib", "temporaries_gib", "estimated_seconds", "score_seconds")
     return {name: round(found[name] / getattr(row, name), 3) for name in names}

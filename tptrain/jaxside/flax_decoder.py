@@ -16,7 +16,7 @@ from flax import nnx
 
 from tptrain.errors import Problem, nearest, raise_if_any
 from tptrain.family import ModelFacts, parameter_table, stored_rows
-from tptrain.jaxside.flax_layers import Body, Linear, Params, under, widened
+from tptrain.jaxside.flax_layers import Body, Linear, Params, layer_list, under, widened
 
 
 class FlaxDecoder(nnx.Module):
@@ -32,7 +32,7 @@ class FlaxDecoder(nnx.Module):
     def __init__(self, facts: ModelFacts, params: Params):
         check_params(facts, params)
         self.facts = facts
-        self.model = Body(facts, under(params, "model"))
+        self.model = Body(facts, under(params, "model"), layer_list(facts, under(params, "model.layers")))
         self.lm_head = None if facts.tie_word_embeddings else Linear(under(params, "lm_head"))
 
     def __call__(self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ V vocab.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -21,19 +21,32 @@ from flax import nnx
 from tptrain.family import LayerKind, ModelFacts, RopeFacts
 
 Params = Mapping[str, jax.Array]
+# (activation, its name, the names of its dims) -> the same activation.
+Mark = Callable[[jax.Array, str, tuple[str, ...]], jax.Array]
+# (query [B, T, N, H], key [B, S, K, H], value, the layer's window) -> attended values [B, T, N, H].
+AttentionCore = Callable[[jax.Array, jax.Array, jax.Array, int | None], jax.Array]
+# (segment_ids [B, T], the windows of the model's layers) -> the core for those rows.
+CoreFactory = Callable[[jax.Array, Iterable[int | None]], AttentionCore]
+
+_STREAM = ("act_batch", "act_tokens", "act_embed")
+_QUERY = ("act_batch", "act_tokens", "act_heads", "act_head_dim")
+_KEY = ("act_batch", "act_tokens", "act_kv_heads", "act_head_dim")
+_HIDDEN = ("act_batch", "act_tokens", "act_mlp")
 
 
 @dataclass
 class LayerContext:
     """What every layer reads and none changes.
 
-    cos, sin: [B, T, 1, H] of the rotary embedding.
-    masks:    window -> bool [B, T, S].
+    cos, sin:  [B, T, 1, H] of the rotary embedding.
+    attention: how queries, keys and values become attended values; knows the segments of the rows.
+    mark:      acts on the activations that matter, named as in `tptrain.models`.
     """
 
     cos: jax.Array
     sin: jax.Array
-    masks: dict[int | None, jax.Array]
+    attention: AttentionCore
+    mark: Mark
 
 
 class Linear(nnx.Module):
@@ -84,22 +97,31 @@ class Attention(nnx.Module):
         self.k_proj = Linear(under(params, "k_proj"))
         self.v_proj = Linear(under(params, "v_proj"))
         self.o_proj = Linear(under(params, "o_proj"))
-        self.kv_heads, self.head_dim, self.window = facts.num_key_value_heads, facts.head_dim, kind.window
+        self.head_dim, self.window = facts.head_dim, kind.window
 
     def __call__(self, x: jax.Array, context: LayerContext) -> jax.Array:
         """x [B, T, D] -> [B, T, D]."""
-        query = rotate(self._heads(self.q_proj(x)), context.cos, context.sin)
-        key = rotate(self._heads(self.k_proj(x)), context.cos, context.sin)
-        value = self._heads(self.v_proj(x))
-        # Heads share keys by grouping, so keys are never repeated in memory.
-        grouped = query.reshape(*query.shape[:2], self.kv_heads, -1, self.head_dim)
-        scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key)
-        weights = attention_weights(scores, context.masks[self.window], self.head_dim**-0.5)
-        output = jnp.einsum("bkgts,bskh->btkgh", weights, value)
-        return self.o_proj(output.reshape(*x.shape[:2], -1))
+        query = rotate(self._to_heads(x, self.q_proj), context.cos, context.sin)
+        key = rotate(self._to_heads(x, self.k_proj), context.cos, context.sin)
+        value = self._to_heads(x, self.v_proj)
+        query = context.mark(query, "query", _QUERY)
+        key, value = context.mark(key, "key", _KEY), context.mark(value, "value", _KEY)
+        return self._from_heads(context.attention(query, key, value, self.window), self.o_proj)
 
-    def _heads(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:2], -1, self.head_dim)
+    # Products with heads as a dim of their own: a TPU's compiler lays the result of a flat product out once
+    # more before attention can read it.
+
+    def _to_heads(self, x: jax.Array, linear: Linear) -> jax.Array:
+        """x [B, T, D] -> [B, T, heads, H]."""
+        weight = linear.weight[...].reshape(-1, self.head_dim, x.shape[-1])
+        heads = jnp.einsum("btd,nhd->btnh", x, weight)
+        return heads if linear.bias is None else heads + linear.bias[...].reshape(-1, self.head_dim)
+
+    def _from_heads(self, heads: jax.Array, linear: Linear) -> jax.Array:
+        """heads [B, T, N, H] -> [B, T, D]."""
+        weight = linear.weight[...].reshape(-1, *heads.shape[2:])
+        x = jnp.einsum("btnh,dnh->btd", heads, weight)
+        return x if linear.bias is None else x + linear.bias[...]
 
 
 class MLP(nnx.Module):
@@ -110,8 +132,9 @@ class MLP(nnx.Module):
         self.up_proj = Linear(under(params, "up_proj"))
         self.down_proj = Linear(under(params, "down_proj"))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+    def __call__(self, x: jax.Array, mark: Mark) -> jax.Array:
+        gate, up = mark(self.gate_proj(x), "gate", _HIDDEN), mark(self.up_proj(x), "up", _HIDDEN)
+        return self.down_proj(mark(jax.nn.silu(gate) * up, "mlp_hidden", _HIDDEN))
 
 
 class Block(nnx.Module):
@@ -125,33 +148,76 @@ class Block(nnx.Module):
         self.post_attention_layernorm = RMSNorm(under(params, "post_attention_layernorm"), eps)
 
     def __call__(self, x: jax.Array, context: LayerContext) -> jax.Array:
-        x = x + self.self_attn(self.input_layernorm(x), context)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attention_input = context.mark(self.input_layernorm(x), "attention_input", _STREAM)
+        x = context.mark(x + self.self_attn(attention_input, context), "after_attention", _STREAM)
+        mlp_input = context.mark(self.post_attention_layernorm(x), "mlp_input", _STREAM)
+        return context.mark(x + self.mlp(mlp_input, context.mark), "after_mlp", _STREAM)
+
+
+class LayerList(nnx.List[Block]):
+    """The layers, run one after the other."""
+
+    def __call__(self, x: jax.Array, context: LayerContext) -> jax.Array:
+        for layer in self:
+            x = layer(x, context)
+        return x
+
+
+def unmarked(x: jax.Array, name: str, dims: tuple[str, ...]) -> jax.Array:
+    """The mark that does nothing."""
+    return x
+
+
+class PlainAttention:
+    """The mathematics as it is written, with all [T, S] scores in memory.
+
+    masks: window -> bool [B, T, S], who may look at whom.
+    """
+
+    def __init__(self, segment_ids: jax.Array, windows: Iterable[int | None]):
+        self.masks = {window: causal_mask(segment_ids, window) for window in windows}
+
+    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, window: int | None) -> jax.Array:
+        # Heads share keys by grouping, so keys are never repeated in memory.
+        grouped = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[-1])
+        scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key)
+        weights = attention_weights(scores, self.masks[window], query.shape[-1] ** -0.5)
+        return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(query.shape)
 
 
 class Body(nnx.Module):
-    """Embedding, layers and final norm: what Hugging Face names `model`."""
+    """Embedding, layers and final norm: what Hugging Face names `model`.
 
-    def __init__(self, facts: ModelFacts, params: Params):
-        period = facts.layer_period
-        self.facts = facts
+    layers: the blocks, as a module that runs them. attention, mark: see `LayerContext`.
+    """
+
+    def __init__(
+        self,
+        facts: ModelFacts,
+        params: Params,
+        layers: Callable[[jax.Array, LayerContext], jax.Array],
+        attention: CoreFactory = PlainAttention,
+        mark: Mark = unmarked,
+    ):
+        self.facts, self.attention, self.mark = facts, attention, mark
         self.embed_tokens = Embedding(under(params, "embed_tokens"))
-        self.layers = nnx.List(
-            Block(facts, period[i % len(period)], under(params, f"layers.{i}"))
-            for i in range(facts.num_hidden_layers)
-        )
+        self.layers = layers
         self.norm = RMSNorm(under(params, "norm"), facts.rms_norm_eps)
 
     def __call__(self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """Hidden states [B, T, D] after the final norm."""
-        x = self.embed_tokens(tokens)
+        x = self.mark(self.embed_tokens(tokens), "embedded", _STREAM)
         frequencies = inverse_frequencies(self.facts.rope, self.facts.head_dim)
         cos, sin = rotation(positions, frequencies, x.dtype)
-        windows = {kind.window for kind in self.facts.layer_period}
-        context = LayerContext(cos, sin, {window: causal_mask(segment_ids, window) for window in windows})
-        for layer in self.layers:
-            x = layer(x, context)
-        return self.norm(x)
+        attention = self.attention(segment_ids, {kind.window for kind in self.facts.layer_period})
+        return self.norm(self.layers(x, LayerContext(cos, sin, attention, self.mark)))
+
+
+def layer_list(facts: ModelFacts, params: Params) -> LayerList:
+    """A block for every layer; params by names such as `0.mlp.up_proj.weight`."""
+    period = facts.layer_period
+    kinds = [period[i % len(period)] for i in range(facts.num_hidden_layers)]
+    return LayerList(Block(facts, kind, under(params, str(i))) for i, kind in enumerate(kinds))
 
 
 def causal_mask(segment_ids: jax.Array, window: int | None) -> jax.Array:

@@ -11,6 +11,7 @@ import optax
 from tptrain.config import OptimSection
 from tptrain.errors import refuse
 from tptrain.family import ModelFacts, parameter_table
+from tptrain.jaxside.flax_scan import name_at, stacked_name
 
 
 def make_optimizer(
@@ -25,13 +26,14 @@ def make_optimizer(
     rate:  the learning rate, or a function from the number of updates made so far (0 at the first step).
            `learning_rate` and `accumulation` of `optim` are not read.
     facts: of the model, whose parameter table says what decays. The tree may be the state of a FlaxDecoder
-           or the flat dict of names.
+           or the flat dict of names, also with layers stacked (`tptrain.jaxside.flax_scan`).
     """
     _require_plain_adamw(optim)
-    decays = {row.name: row.decay for row in parameter_table(facts)}
+    table, period = parameter_table(facts), len(facts.layer_period)
+    decays = {name: row.decay for row in table for name in (row.name, stacked_name(row.name, period))}
 
     def decay_mask(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: decays[_name_at(path)], params)
+        return jax.tree_util.tree_map_with_path(lambda path, _: decays[name_at(path)], params)
 
     adamw = optax.adamw(
         rate, optim.beta1, optim.beta2, optim.eps, weight_decay=optim.weight_decay, mask=decay_mask
@@ -60,8 +62,3 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
         return jax.tree.map(lambda gradient: gradient * scale.astype(gradient.dtype), updates)
 
     return optax.stateless(clip)
-
-
-def _name_at(path: tuple[Any, ...]) -> str:
-    """The parameter's name from its place in a tree; an NNX variable adds attributes of its own below it."""
-    return ".".join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))

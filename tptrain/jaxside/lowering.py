@@ -24,15 +24,23 @@ Platform = Literal["cpu", "tpu"]
 def lower_to_hlo(
     function: Callable[..., Any], arguments: Sequence[jax.ShapeDtypeStruct], platform: Platform
 ) -> bytes:
-    """The serialized HLO module of `function` on one device; its result is a tuple, also for one array.
+    """The serialized HLO module of `function` on one device; its result is a tuple, also for one array."""
+    return jitted_to_hlo(jax.jit(function, keep_unused=True), arguments, platform)
+
+
+def jitted_to_hlo(jitted: Any, arguments: Sequence[Any], platform: Platform) -> bytes:
+    """The same of a `jax.jit` function, of trees of shapes, with the shardings that it was given.
+
+    The module's parameters are the leaves of the arguments, if `keep_unused` holds. The compilers here take
+    shardings in GSPMD's form: with several devices `jax_use_shardy_partitioner` must be off.
 
     It goes through jax.export, which lowers for a platform that is not attached, and in the
     forward-compatible form: a libtpu that is older than jaxlib (0.0.21, which torch_xla 2.9 runs) refuses
     the Pallas kernels of `jax.jit(...).lower()`.
     """
-    exported = export.export(
-        jax.jit(function, keep_unused=True), platforms=[platform], disabled_checks=[_PALLAS_CALL]
-    )(*arguments)
+    exported = export.export(jitted, platforms=[platform], disabled_checks=[_PALLAS_CALL])(*arguments)
+    # jax's stubs do not know the option.
+    assert exported.nr_devices == 1 or not getattr(jax.config, "jax_use_shardy_partitioner")  # noqa: B009
     computation = xla_client._xla.mlir.mlir_module_to_xla_computation(
         _with_names(exported.mlir_module_serialized), use_tuple_args=False, return_tuple=True
     )

@@ -1,4 +1,4 @@
-"""Splash attention, JAX's Pallas kernel for TPUs, as HLO modules for one device.
+"""Splash attention, JAX's Pallas kernel for TPUs: as HLO modules for one device, and as a JAX function.
 
 The forward module gives the attended values and the logsumexp of every row of scores. The backward module
 takes both back, so that it works from what was saved; JAX's own gradient of the kernel, taken from outside,
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +92,24 @@ def splash_backward_hlo(call: SplashCall) -> bytes:
     return _lower(partial(_backward, call), call, given)
 
 
+def splash_attention(
+    call: SplashCall, query: jax.Array, key: jax.Array, value: jax.Array, ids: jax.Array, name: str
+) -> jax.Array:
+    """The kernel for a JAX program, with its gradient.
+
+    query [B, T, N, H], key and value [B, T, K, H], ids [B, T]; returns the attended values, like the query.
+    name: of the attended values and their logsumexp, for `jax.checkpoint`: a policy that saves it keeps the
+          forward kernel from running again in the backward pass.
+    """
+    kernel = _kernel(call, save_residuals=False, residual_checkpoint_name=name)
+
+    def one_row(query: jax.Array, key: jax.Array, value: jax.Array, ids: jax.Array) -> jax.Array:
+        return cast(jax.Array, kernel(query, key, value, SegmentIds(ids, ids)))
+
+    query, key, value = _scaled(_swapped(query), call), _swapped(key), _swapped(value)
+    return _swapped(jax.vmap(one_row)(query, key, value, ids))
+
+
 def _forward(
     call: SplashCall, query: jax.Array, key: jax.Array, value: jax.Array, ids: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -130,7 +149,9 @@ def _backward(
     return _swapped(_scaled(of_query, call)), _swapped(of_key), _swapped(of_value)
 
 
-def _kernel(call: SplashCall) -> SplashAttentionKernel:
+def _kernel(
+    call: SplashCall, *, save_residuals: bool = True, residual_checkpoint_name: str | None = None
+) -> SplashAttentionKernel:
     shape = (call.tokens, call.tokens)
     mask: CausalMask | LocalMask = CausalMask(shape)
     if call.window is not None:
@@ -138,7 +159,8 @@ def _kernel(call: SplashCall) -> SplashAttentionKernel:
     return make_splash_mha(
         mask=MultiHeadMask([mask] * call.heads),
         block_sizes=_block_sizes(call.blocks),
-        save_residuals=True,
+        save_residuals=save_residuals,
+        residual_checkpoint_name=residual_checkpoint_name,
         attn_logits_soft_cap=call.soft_cap,
         head_shards=1,
         q_seq_shards=1,

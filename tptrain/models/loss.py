@@ -44,7 +44,7 @@ class LossChunks:
     tokens: tokens of every row at a time; it divides the row.
     shards: parts of the rows that different devices hold. The head's gradient is added up within each of them
             chunk by chunk, and over them a single time, so devices exchange it once.
-    loop:   runs the chunks after the first one; a backend may put a scan in its place.
+    loop:   runs the chunks where there are several; a backend may put a scan in its place.
     """
 
     tokens: int
@@ -97,12 +97,13 @@ class _ChunkedLoss(torch.autograd.Function):
         # tensor that is an argument of the traced program cannot be stated anew.
         head = marks(head * 1, "head", "act_vocab", "act_embed")
         cut = [_cut(t, chunks) for t in (hidden, targets, weights)]
-        loss, grad_head, grad_x = _one_chunk(tuple(t[0] for t in cut), head, total, project, marks, trained)
-        grads = grad_x[None]
-        if len(cut[0]) > 1:
-            start, rest = (loss, grad_head, head, total), tuple(t[1:] for t in cut)
-            (loss, grad_head, *_), more = chunks.loop(body, start, rest)
-            grads = torch.cat([grads, more])
+        if len(cut[0]) == 1:
+            first = tuple(t[0] for t in cut)
+            loss, grad_head, grad_x = _one_chunk(first, head, total, project, marks, trained)
+            grads = grad_x[None]
+        else:
+            loss, grad_head = _nothing(head, chunks.shards if trained else None, marks)
+            (loss, grad_head, *_), grads = chunks.loop(body, (loss, grad_head, head, total), tuple(cut))
         grad_hidden = _uncut(grads, hidden.shape)
         grad_hidden = marks(grad_hidden, "grad_hidden", "act_batch", "act_tokens", "act_embed")
         ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype).sum(0) if trained else grad_head)
@@ -137,6 +138,19 @@ def _one_chunk(
         return loss, torch.zeros_like(loss), grad_x
     grad_head = marks(gradient.mT @ x, "grad_head", "act_batch", "act_vocab", "act_embed")
     return loss, grad_head.to(loss.dtype), grad_x
+
+
+def _nothing(head: torch.Tensor, shards: int | None, marks: Marks) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the first chunk is added to: a loss of 0, and a gradient of 0 of the head within each shard.
+
+    shards: None where the head is not trained.
+    """
+    wide = torch.promote_types(head.dtype, torch.float32)
+    loss = torch.zeros((), dtype=wide, device=head.device)
+    if shards is None:
+        return loss, torch.zeros_like(loss)
+    grad_head = torch.zeros((shards, *head.shape), dtype=wide, device=head.device)
+    return loss, marks(grad_head, "grad_head", "act_batch", "act_vocab", "act_embed")
 
 
 def loss_and_gradient(
