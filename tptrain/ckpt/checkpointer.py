@@ -28,6 +28,9 @@ from tptrain.errors import TptrainError
 from tptrain.heap import trim_heap
 from tptrain.jaxside.hosts import barrier, is_primary
 
+# How long a failed save waits for items that are still being written before it removes them.
+_PATIENCE_SECONDS = 10.0
+
 # (begin or end, phase, step)
 OnPhase = Callable[[str, str, int], None]
 
@@ -150,6 +153,8 @@ class Checkpointer:
     def _failed(self, step: int, error: Exception) -> SaveError:
         """The error of a failed save, whose files are removed so that the next one has their room."""
         self._orbax = None
+        for writer in self._writers.values():
+            writer.wait_idle(_PATIENCE_SECONDS)
         self._clear_leftovers()
         steps = with_metrics(self._folder)
         newest = f"step {steps[-1].step} is the newest one saved" if steps else "no step is saved yet"

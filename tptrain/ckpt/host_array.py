@@ -8,6 +8,7 @@ have written from a jax.Array, and Orbax restores it as one.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,15 @@ class HostArrayHandler(TypeHandler):
 
     def __init__(self) -> None:
         self.digests: dict[str, FileDigest] = {}
+        self._idle = threading.Event()
+        self._idle.set()
+
+    def wait_idle(self, timeout_seconds: float) -> bool:
+        """Whether nothing is being written, at the latest after that time.
+
+        Orbax reports the first item that fails while others may go on, and writing makes folders anew.
+        """
+        return self._idle.wait(timeout_seconds)
 
     def typestr(self) -> str:
         return "jax.Array"
@@ -73,6 +83,7 @@ class HostArrayHandler(TypeHandler):
         self, values: Sequence[HostArray], infos: Sequence[ParamInfo], args: Sequence[SaveArgs] | None = None
     ) -> Sequence[Future]:
         self.digests = {}
+        self._idle.clear()
         return [CommitFutureAwaitingContractedSignals(self._write(values, infos), name="host_arrays")]
 
     async def deserialize(self, infos: Sequence[ParamInfo], args: Any = None) -> Sequence[Any]:
@@ -95,6 +106,8 @@ class HostArrayHandler(TypeHandler):
             for future, _ in queue:
                 future.exception()
             raise
+        finally:
+            self._idle.set()
 
     def _start(
         self, value: HostArray, name: str, folder: Path, context: ts.Context
