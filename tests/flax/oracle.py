@@ -14,9 +14,13 @@ from torch.func import functional_call
 
 from tests import small
 from tptrain.backends.base import TORCH_DTYPES, Tensors
+from tptrain.backends.torch_backend import TorchBackend
+from tptrain.config import Plan
 from tptrain.family import LayerKind, ModelFacts, facts_from_config
 from tptrain.jaxside.flax_decoder import FlaxDecoder
 from tptrain.models.decoder import Decoder
+from tptrain.train.state import fresh_state, part_of
+from tptrain.train.step import make_train_step
 
 Arrays = dict[str, jax.Array]
 
@@ -99,3 +103,26 @@ def gap(
     assert ours.dtype == format
     wide = ours.astype(np.float32) if format == "bfloat16" else ours
     return relative(wide[ROWS[rows].real], torch_logits(config, rows, period, format))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Losses and gradient norms by step, and the weights after the last one."""
+
+    losses: list[float]
+    norms: list[float]
+    params: dict[str, np.ndarray]
+
+
+def train_on_torch(plan: Plan, weights: Tensors, steps: int) -> Run:
+    """tptrain's own step on the torch backend, from these weights."""
+    backend = TorchBackend(plan)
+    decoder = backend.decoder()
+    state = fresh_state(backend, small.DictSource(weights))
+    step = make_train_step(decoder, backend.layout, plan.recipe)
+    losses, norms = [], []
+    for number in range(1, steps + 1):
+        state, outputs = step(state, small.step_inputs(backend, plan, decoder.constants(), number))
+        losses.append(outputs["loss"].item())
+        norms.append(outputs["grad_norm"].item())
+    return Run(losses, norms, {name: t.numpy() for name, t in part_of(state, "params").items()})

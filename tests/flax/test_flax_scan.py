@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 from tests import small
-from tests.flax.oracle import CONFIGS, params_of, relative, weights_of
+from tests.flax.oracle import CONFIGS, Run, params_of, relative, train_on_torch, weights_of
 from tools.bench.flax_step import FlaxStep
-from tptrain.backends.torch_backend import TorchBackend
 from tptrain.config import Plan
 from tptrain.errors import ProblemsError
 from tptrain.family import LayerKind
@@ -23,22 +22,11 @@ from tptrain.jaxside.flax_loss import LossChunks, chunked_loss
 from tptrain.jaxside.flax_scan import stack_layers
 from tptrain.jaxside.specs import jax_mesh
 from tptrain.train.schedule import learning_rate
-from tptrain.train.state import fresh_state, part_of
-from tptrain.train.step import make_train_step
 
 STEPS, TOLERANCE, BROKEN = 3, 1e-5, 1e-3
 # A clipping norm that steps exceed, and a decay that losses show.
 OPTIM = {"weight_decay": 0.3, "clip_norm": 1.5}
 WINDOWS = (LayerKind(5), LayerKind())
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """Losses and gradient norms by step, and the weights after the last one."""
-
-    losses: list[float]
-    norms: list[float]
-    params: dict[str, np.ndarray]
 
 
 def with_period(plan: Plan, period: tuple[LayerKind, ...]) -> Plan:
@@ -58,16 +46,7 @@ def weights(config: str) -> dict[str, Any]:
 @cache
 def torch_run(config: str, period: tuple[LayerKind, ...]) -> Run:
     plan = with_period(small.torch_plan(config=config_of(config), optim=OPTIM), period)
-    backend = TorchBackend(plan)
-    decoder = backend.decoder()
-    state = fresh_state(backend, small.DictSource(weights(config)))
-    step = make_train_step(decoder, backend.layout, plan.recipe)
-    losses, norms = [], []
-    for number in range(1, STEPS + 1):
-        state, outputs = step(state, small.step_inputs(backend, plan, decoder.constants(), number))
-        losses.append(outputs["loss"].item())
-        norms.append(outputs["grad_norm"].item())
-    return Run(losses, norms, {name: t.numpy() for name, t in part_of(state, "params").items()})
+    return train_on_torch(plan, weights(config), STEPS)
 
 
 def flax_run(config: str, period: tuple[LayerKind, ...], remat: str, chunk_tokens: int) -> Run:

@@ -16,8 +16,7 @@ import pytest
 from flax import nnx
 
 from tests import small
-from tests.flax.oracle import CONFIGS, flax_decoder, params_of, relative, weights_of
-from tptrain.backends.torch_backend import TorchBackend
+from tests.flax.oracle import CONFIGS, Run, flax_decoder, params_of, relative, train_on_torch, weights_of
 from tptrain.config import OptimSection, Plan
 from tptrain.errors import ProblemsError
 from tptrain.family import parameter_table, stored_rows
@@ -27,8 +26,6 @@ from tptrain.jaxside.flax_train import make_optimizer
 from tptrain.jaxside.specs import jax_mesh, named_sharding
 from tptrain.models.rope import inverse_frequencies
 from tptrain.train.schedule import learning_rate
-from tptrain.train.state import fresh_state, part_of
-from tptrain.train.step import make_train_step
 
 STEPS, TOLERANCE, BROKEN = 20, 1e-5, 1e-4
 
@@ -43,29 +40,10 @@ PLAN = plan_in("float32")
 Curve = list[float]
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """Losses and gradient norms by step, and the weights after the last one."""
-
-    losses: Curve
-    norms: Curve
-    params: dict[str, np.ndarray]
-
-
 @cache
 def torch_run(format: str = "float32") -> Run:
     """tptrain's own step on the torch backend."""
-    plan = plan_in(format)
-    backend = TorchBackend(plan)
-    decoder = backend.decoder()
-    state = fresh_state(backend, small.DictSource(weights_of("biases")))
-    step = make_train_step(decoder, backend.layout, plan.recipe)
-    losses, norms = [], []
-    for number in range(1, STEPS + 1):
-        state, outputs = step(state, small.step_inputs(backend, plan, decoder.constants(), number))
-        losses.append(outputs["loss"].item())
-        norms.append(outputs["grad_norm"].item())
-    return Run(losses, norms, {name: t.numpy() for name, t in part_of(state, "params").items()})
+    return train_on_torch(plan_in(format), weights_of("biases"), STEPS)
 
 
 def rates(first: int = 1) -> optax.Schedule:

@@ -86,26 +86,14 @@ def _forward(
     return loss / total, (grad_hidden, grad_head.astype(head.dtype).sum(0))
 
 
-def _vjp_forward(
-    hidden: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
-    total: jax.Array,
-    chunks: LossChunks,
-    mark: Mark,
-) -> tuple[jax.Array, Gradients]:
-    return _forward(hidden, head, targets, weights, total, chunks, mark)
-
-
-def _vjp_backward(
+def _backward(
     chunks: LossChunks, mark: Mark, gradients: Gradients, gradient: jax.Array
 ) -> tuple[jax.Array | None, ...]:
     grad_hidden, grad_head = (gradient.astype(g.dtype) * g for g in gradients)
     return grad_hidden, grad_head, None, None, None
 
 
-chunked_loss.defvjp(_vjp_forward, _vjp_backward)
+chunked_loss.defvjp(_forward, _backward)
 
 
 def _one_chunk(
