@@ -17,17 +17,17 @@ import tptrain
 
 PACKAGE = Path(tptrain.__file__).parent
 
-# A part of the package may import itself and the parts before it.
-LAYERS = (
-    *("errors", "untrusted", "hf_files", "topology", "family", "mesh", "config", "estimate", "program"),
-    *("report", "heap", "models", "data", "weights"),
-    *("jaxside", "backends", "ckpt", "generate", "export", "convert", "eval", "train"),
-    *("dryrun", "cli", "__main__"),
-)
 # Parts that plan a run; a laptop without any framework can import them.
 PLANNING = (
-    *("errors", "untrusted", "hf_files", "topology", "family", "mesh", "config", "estimate", "program"),
-    "report",
+    *("errors", "untrusted", "hf_files", "chips", "topology", "family", "mesh", "config", "estimate"),
+    *("program", "report"),
+)
+# A part of the package may import itself and the parts before it.
+LAYERS = (
+    *PLANNING,
+    *("heap", "models", "data", "weights"),
+    *("jaxside", "backends", "ckpt", "generate", "export", "convert", "eval", "train"),
+    *("dryrun", "cli", "__main__"),
 )
 FRAMEWORKS = ("torch", "torch_xla", "jax", "jaxlib", "flax", "orbax", "transformers", "numpy", "optax")
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from tests.program.snippets import STEP
+from tptrain.chips import CHIPS
 from tptrain.program.analysis import ProgramCost, analyse, mfu
 from tptrain.program.device_groups import MeshPlaces
 from tptrain.program.hlo_text import parse_module
-from tptrain.topology import CHIPS, parse_topology
+from tptrain.topology import parse_topology
 
 MESH = MeshPlaces(parse_topology("v5e-4"), {"fsdp": 2, "tensor": 2}, (0, 1, 2, 3))
 PRODUCT = 2 * 12 * 512 * 640

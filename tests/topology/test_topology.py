@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
+from tptrain.chips import CHIPS
 from tptrain.errors import ProblemsError
-from tptrain.topology import CHIPS, Topology, parse_topology
+from tptrain.topology import Topology, parse_topology
 
 # Google Cloud's tables: cloud.google.com/tpu/docs/v5p (shape, cores, hosts), v4, v5e and v6e (shape, chips),
 # with the machine types of a slice's hosts: four chips each, and eight for the one-host v5e-8 and v6e-8.

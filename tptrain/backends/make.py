@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from tptrain.backends.base import Backend
 from tptrain.backends.xla.process import set_environment
+from tptrain.chips import CPU
 from tptrain.config.compiler_flags import compiler_flags
 from tptrain.config.plan import Plan
-from tptrain.topology import CPU, Topology
+from tptrain.topology import Topology
 
 if TYPE_CHECKING:
     from tptrain.backends.xla.placeholders import PlaceholderBackend

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from tptrain.chips import CHIPS
 from tptrain.config.overrides import apply_overrides
 from tptrain.config.plan import Plan
 from tptrain.config.resolve import resolve
@@ -18,7 +19,7 @@ from tptrain.estimate.estimate import Estimate
 from tptrain.estimate.memory import FITTED, Fitted, memory, verdict
 from tptrain.estimate.text import bytes_text
 from tptrain.estimate.workload import workload_of
-from tptrain.topology import CHIPS, Topology, larger_slices, parse_topology
+from tptrain.topology import Topology, larger_slices, parse_topology
 
 # Setting -> value as it is written in an override.
 Change = dict[str, str]

@@ -14,12 +14,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from tptrain.chips import Chip
 from tptrain.program.collectives import Network, Transfer, transfers
 from tptrain.program.device_groups import MeshPlaces
 from tptrain.program.flops import PALLAS_TARGET, custom_call_flops, matmul_flops
 from tptrain.program.hlo_text import Computation, Instruction, Module
 from tptrain.program.walk import Visit, Walk, fused_instructions
-from tptrain.topology import Chip, Topology
+from tptrain.topology import Topology
 
 # About what flash attention reaches on TPUs. With it, estimates came within -9 % to +6 % of the two published
 # step times of MaxText that could be checked.
