@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from tptrain.backends.base import Backend
 from tptrain.backends.xla.process import set_environment
 from tptrain.chips import CPU
-from tptrain.config.compiler_flags import compiler_flags
 from tptrain.config.plan import Plan
 from tptrain.topology import Topology
 
@@ -24,7 +23,7 @@ def prepare_process(plan: Plan) -> None:
     """
     quiet_libraries()
     if plan.recipe.backend == "xla":
-        set_environment(plan.topology, os.environ, compiler_flags(plan.recipe.compiler.tpu_flags))
+        set_environment(plan.topology, os.environ, plan.tpu_flags)
 
 
 def make_backend(plan: Plan) -> Backend:

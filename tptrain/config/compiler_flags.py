@@ -1,23 +1,59 @@
-"""Flags of the TPU compiler, written in a recipe as libtpu takes them: `--name=value --other=value`."""
+"""Flags of the TPU compiler: those of a recipe, and those that suit the chip and the mesh."""
 
 from __future__ import annotations
 
 import re
 
+from tptrain.chips import Chip
+from tptrain.mesh import MeshShape
+
+AUTO = "auto"
 DEFAULT = "default"
 _FLAG = re.compile(r"--([A-Za-z]\w*)=(\S+)")
 
+# KiB of a chip's vector memory that one operation may fill. By default it is 16 MiB, and matrix products of
+# large models then wait for their operands: BUILD.md has the compiled programs. Chips that are not named
+# keep the default.
+_SCOPED_VMEM = "xla_tpu_scoped_vmem_limit_kib"
+_SCOPED_VMEM_KIB = {"v5e": 49152, "v5p": 49152, "v6e": 98304}
+# Products smaller than so many MiB are not cut into steps that each wait for one neighbour's piece.
+_COLLECTIVE_MATMUL = "xla_jf_spmd_threshold_for_windowed_einsum_mib"
+_NEVER_MIB = 1_000_000
+
 
 def compiler_flags(text: str) -> dict[str, str]:
-    """Name -> value of every flag; "default" has none. Raises ValueError with the part that is no flag.
+    """Name -> value of every flag that is written out; the words "auto" and "default" name none.
 
-    >>> compiler_flags("--xla_tpu_a=true --xla_b=4")
+    Raises ValueError with the part that is neither a flag nor a first word.
+
+    >>> compiler_flags("auto --xla_tpu_a=true --xla_b=4")
     {'xla_tpu_a': 'true', 'xla_b': '4'}
     """
     found: dict[str, str] = {}
-    for part in [] if text == DEFAULT else text.split():
+    parts = text.split()
+    for part in parts[1:] if parts[:1] == [AUTO] or parts == [DEFAULT] else parts:
         match = _FLAG.fullmatch(part)
         if match is None or match[1] in found:
             raise ValueError(part)
         found[match[1]] = match[2]
+    return found
+
+
+def chosen_flags(text: str, chip: Chip, mesh: MeshShape) -> dict[str, str]:
+    """What the compiler is given: after "auto" the tuned flags, overridden by those written out."""
+    tuned = tuned_flags(chip, mesh) if text.split()[:1] == [AUTO] else {}
+    return {**tuned, **compiler_flags(text)}
+
+
+def tuned_flags(chip: Chip, mesh: MeshShape) -> dict[str, str]:
+    """Flags with which the programs of BUILD.md are estimated faster than with the compiler's own choices.
+
+    Without a tensor axis, products whose weights are gathered run whole: cut up, they fill the matrix units
+    badly. With one, the activations that are exchanged have nothing else to hide behind.
+    """
+    found = {}
+    if chip.name in _SCOPED_VMEM_KIB:
+        found[_SCOPED_VMEM] = str(_SCOPED_VMEM_KIB[chip.name])
+    if chip.platform == "tpu" and mesh.axis_sizes["tensor"] == 1:
+        found[_COLLECTIVE_MATMUL] = str(_NEVER_MIB)
     return found

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from tptrain.config.compiler_flags import chosen_flags
 from tptrain.config.kernels import SplashBlocks
 from tptrain.config.loss_chunks import chunk_tokens
 from tptrain.config.schema import Recipe
@@ -74,6 +75,11 @@ class Plan:
         """Bytes that a device needs for the float32 logits of one token of each of its rows."""
         pieces = split_count(self.rules.acts["act_vocab"] or (), self.mesh.axis_sizes)
         return 4 * self.device_rows * self.padded_vocab // pieces
+
+    @property
+    def tpu_flags(self) -> dict[str, str]:
+        """Flags of the TPU compiler, name -> value; they mean nothing where the chips are no TPUs."""
+        return chosen_flags(self.recipe.compiler.tpu_flags, self.topology.chip, self.mesh)
 
     @property
     def loss_chunk_tokens(self) -> int:

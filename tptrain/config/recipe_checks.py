@@ -139,7 +139,7 @@ def _compiler_problems(recipe: Recipe) -> list[Problem]:
         compiler_flags(text)
     except ValueError as error:
         rule = "must be flags of the form --name=value, each given once"
-        fix = '"--xla_tpu_enable_latency_hiding_scheduler=true", or default'
+        fix = '"--xla_tpu_enable_latency_hiding_scheduler=true", with auto before it or not, auto or default'
         return [Problem("compiler.tpu_flags", text, rule, f"found {error}", fix)]
     return []
 

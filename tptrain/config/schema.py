@@ -188,9 +188,10 @@ class LossSection:
 class CompilerSection:
     """How XLA compiles for TPUs."""
 
-    tpu_flags: str = "default"
+    tpu_flags: str = "auto"
     """Flags of the TPU compiler as libtpu takes them, "--xla_tpu_x=true --xla_y=4"; a run and a dry run pass
-    them alike; default: none."""
+    them alike. auto: those that suit the chip and the mesh, which the plan names; "auto --xla_y=4": others
+    beside them; default: none."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tptrain.config.compiler_flags import compiler_flags
 from tptrain.config.plan import Plan
 from tptrain.dryrun.compiling import CompileRequest, compile_program
 from tptrain.dryrun.libtpu import libtpu_at
@@ -104,7 +103,7 @@ def compile_request(plan: Plan, traced: Traced, libtpu: Path | None) -> CompileR
         topology=plan.topology,
         axis_sizes=plan.mesh.axis_sizes,
         device_order=device_order(plan.topology, plan.mesh.ici, plan.mesh.dcn),
-        xla_flags=compiler_flags(plan.recipe.compiler.tpu_flags),
+        xla_flags=plan.tpu_flags,
         libtpu=libtpu,
         attention_density=_CAUSAL_DENSITY,
         parameter_names=tuple(name or "a number" for name in step.parameters),

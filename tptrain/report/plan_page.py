@@ -70,6 +70,7 @@ def run_sentences(plan: Plan) -> list[str]:
         f" {'row' if per_device == 1 else 'rows'} at a time on each device.",
         f"Attention: {_attention(plan)}.",
         _loss_sentence(plan),
+        *_compiler_sentence(plan),
         f"Schedule: {_length(plan)}, peak learning rate {shown(recipe.optim.learning_rate)},"
         f" {recipe.schedule.warmup_steps} warm-up steps, then {recipe.schedule.kind}.",
         f"Output: {plan.output_dir}; export: {plan.export_dir or 'none'}.",
@@ -85,6 +86,13 @@ def _loss_sentence(plan: Plan) -> str:
         f"Loss: {chunk} tokens of a row at a time, in {seq_len // chunk} chunks,"
         f" {logits} of float32 logits on each device."
     )
+
+
+def _compiler_sentence(plan: Plan) -> list[str]:
+    if plan.topology.chip.platform != "tpu":
+        return []
+    flags = " ".join(f"--{name}={value}" for name, value in plan.tpu_flags.items())
+    return [f"Compiler: {flags or 'no flags'}."]
 
 
 def _length(plan: Plan) -> str:
@@ -186,6 +194,7 @@ def plan_json(plan: Plan, found: Estimate | None = None) -> dict[str, Any]:
         "hf_config": dict(plan.hf_config),
         "attention": "splash" if plan.splash else "plain",
         "splash_blocks": dataclasses.asdict(plan.splash) if plan.splash else None,
+        "tpu_flags": plan.tpu_flags if plan.topology.chip.platform == "tpu" else {},
         "micro_rows": plan.micro_rows,
         "loss_chunk_tokens": plan.loss_chunk_tokens,
         "rows_per_device": plan.device_rows,
