@@ -10,6 +10,7 @@ from tptrain.config.overrides import apply_overrides
 from tptrain.config.planning import plan_recipe
 from tptrain.errors import Problem
 from tptrain.estimate import estimate, memory_problems
+from tptrain.estimate.changes import first_change_that_fits, fitted_to_compiled
 
 LONG = ("model.config.max_position_embeddings=524288",)
 # Overrides of Llama-3-8B -> the settings that are proposed.
@@ -18,6 +19,9 @@ CASES = {
     "remat": (("v6e-16", 2048, 32, "remat.policy=none"), {"remat.policy"}),
     "micro-batches": (("v6e-16", 2048, 512), {"optim.accumulation"}),
     "both": (("v6e-16", 4096, 96, "remat.policy=none"), {"remat.policy", "optim.accumulation"}),
+    # 8B on 8 chips of 16 GiB: half of the moments are enough for one row a chip, none of them for eight.
+    "moments": (("v5e-8", 2048, 8), {"optim.moments_dtype"}),
+    "optimizer": (("v5e-8", 2048, 64), {"optim.name", "optim.accumulation"}),
     "replicas": (("v6e-16", 1024, 16, "mesh.data=8", "mesh.fsdp=2"), {"mesh.data", "mesh.fsdp"}),
     "more chips": (("v5e-4", 512, 64), {"topology"}),
     "more chips than rows": (("v5e-4", 512, 4), {"topology", "data.batch_rows"}),
@@ -32,8 +36,8 @@ def _problem(plan: Plan) -> Problem:
 
 
 def _changed(plan: Plan, fix: str) -> Plan:
-    """The plan with a proposal taken over, as a user would."""
-    given = dict(override.split("=") for override in fix.split())
+    """The plan with the first of the proposals taken over, as a user would."""
+    given = dict(override.split("=") for override in fix.split(", or ")[0].split())
     return plan_recipe(apply_overrides(plan.recipe, [f"{k}={v}" for k, v in given.items()]), {"HF_HOME": "/"})
 
 
@@ -42,8 +46,9 @@ def test_the_proposed_change_fits(name: str) -> None:
     arguments, settings = CASES[name]
     plan = llama3_plan(*arguments)
     problem = _problem(plan)
-    assert {override.split("=")[0] for override in problem.fix.split()} == settings
-    assert problem.setting.split(", ") == [override.split("=")[0] for override in problem.fix.split()]
+    first = problem.fix.split(", or ")[0]
+    assert {override.split("=")[0] for override in first.split()} == settings
+    assert problem.setting.split(", ") == [override.split("=")[0] for override in first.split()]
     assert estimate(_changed(plan, problem.fix)).verdict == "fits"
 
 
@@ -55,13 +60,35 @@ def test_no_smaller_number_of_micro_batches_would_do() -> None:
         assert estimate(_changed(plan, f"optim.accumulation={each}")).verdict != "fits"
 
 
+def test_where_it_takes_other_chips_training_fewer_weights_is_proposed_too() -> None:
+    plan = llama3_plan("v5e-4", 512, 64)
+    chips, fewer = _problem(plan).fix.split(", or ")
+    assert chips.startswith("topology=") and "model.trainable=model.layers.*.self_attn.*" in fewer
+    assert estimate(_changed(plan, fewer)).verdict == "fits"
+    # Nothing is left to freeze where that is what is trained.
+    frozen = llama3_plan("v5e-4", 16384, 64, "model.trainable=model.layers.*.self_attn.*", *LONG)
+    assert "model.trainable" not in _problem(frozen).fix
+
+
+def test_what_the_compiler_counted_takes_the_place_of_the_estimate() -> None:
+    plan = llama3_plan("v5e-8", 512, 8)
+    found = estimate(plan)
+    assert first_change_that_fits(plan, fitted_to_compiled(found, found.memory.total_bytes)) == (
+        first_change_that_fits(plan)
+    )
+    # Five times the temporaries: moments of half the size are no longer enough.
+    more = found.memory.argument_bytes + 5 * found.memory.temporary_bytes
+    change = first_change_that_fits(plan, fitted_to_compiled(found, more))
+    assert change is not None and "topology" in change
+
+
 def test_the_problem_says_both_numbers_and_the_largest_part() -> None:
     problem = _problem(llama3_plan("v5e-4", 512, 64))
     assert (problem.setting, problem.value) == ("topology", "v5e-4")
     assert problem.rule == "needs more memory than a chip has, by the estimate"
     assert " of the 15.75 GiB that a v5e chip lets a program use" in problem.other
     assert "largest part: optimizer state, 14.96 GiB" in problem.other
-    assert problem.fix == "topology=v5e-16"
+    assert problem.fix.startswith("topology=v5e-16, or model.trainable=")
 
 
 def test_what_nothing_can_hold_needs_a_smaller_model() -> None:

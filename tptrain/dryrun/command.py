@@ -23,6 +23,7 @@ from tptrain.dryrun.trace_lines import trace_json, trace_lines
 from tptrain.dryrun.tracing import Traced, trace_in_child
 from tptrain.errors import Problem, raise_if_any, unknown_name
 from tptrain.estimate import estimate, memory_problems
+from tptrain.estimate.changes import first_change_that_fits, fitted_to_compiled, proposal
 from tptrain.program.compiled import CompiledProgram
 from tptrain.report.plan_page import plan_json, plan_page
 from tptrain.report.program_lines import program_lines
@@ -168,8 +169,9 @@ def _compile_problems(plan: Plan, program: CompiledProgram | None) -> list[Probl
     rule = "must compile for the topology"
     if program.outcome == "out_of_memory":
         rule = "must fit the memory of a chip"
-        proposed = memory_problems(plan, estimate(plan))
-        fix = proposed[0].fix if proposed else "remat.policy=full, a smaller data.batch_rows or more chips"
+        assert program.shortage is not None
+        fitted = fitted_to_compiled(estimate(plan), program.shortage.needed_bytes)
+        fix = proposal(plan, first_change_that_fits(plan, fitted), fitted)
         return [Problem("topology", plan.topology.name, rule, program.message, fix)]
     fix = "see the message; --until trace does without the compiler"
     return [Problem("topology", plan.topology.name, rule, program.message, fix)]

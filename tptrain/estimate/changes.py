@@ -7,7 +7,8 @@ Each is planned like any recipe, so that what is proposed passes every other che
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from tptrain.chips import CHIPS
 from tptrain.config.overrides import apply_overrides
@@ -24,6 +25,9 @@ from tptrain.topology import Topology, larger_slices, parse_topology
 # Setting -> value as it is written in an override.
 Change = dict[str, str]
 
+# Names that the checkpoints of nearly all decoders share.
+_ATTENTION_WEIGHTS = "model.layers.*.self_attn.*"
+
 
 def memory_problems(plan: Plan, found: Estimate, fitted: Fitted = FITTED) -> list[Problem]:
     """The problem of a step that is larger than a chip's memory, with the first change that mends it."""
@@ -39,22 +43,45 @@ def memory_problems(plan: Plan, found: Estimate, fitted: Fitted = FITTED) -> lis
         f" lets a program use; largest part: {largest}, {bytes_text(parts[largest])}"
     )
     change = first_change_that_fits(plan, fitted)
-    if change is None:
-        return [Problem("topology", plan.topology.name, rule, other, "a smaller model")]
-    values = ", ".join(_current(plan, path) for path in change)
-    fix = " ".join(f"{path}={value}" for path, value in change.items())
-    return [Problem(", ".join(change), values, rule, other, fix)]
+    named = change or {"topology": ""}
+    values = ", ".join(_current(plan, path) for path in named)
+    return [Problem(", ".join(named), values, rule, other, proposal(plan, change, fitted))]
 
 
-def first_change_that_fits(plan: Plan, fitted: Fitted = FITTED) -> Change | None:
+def fitted_to_compiled(found: Estimate, needed_bytes: int) -> Fitted:
+    """Numbers for estimates beside a program that the compiler found to need `needed_bytes` of a chip.
+
+    Temporaries are scaled by what the compiler counted over what was estimated here.
+    """
+    counted = max(needed_bytes - found.memory.argument_bytes, 0)
+    return replace(FITTED, temporaries=FITTED.temporaries * counted / found.memory.temporary_bytes)
+
+
+def proposal(plan: Plan, change: Change | None, fitted: Fitted = FITTED) -> str:
+    """The change as overrides; where it takes other chips, also what could be trained on these."""
+    if change is not None and "topology" not in change:
+        return change_text(change)
+    fewer = first_change_that_fits(plan, fitted, _fewer_weights(plan))
+    texts = [change_text(one) for one in (change, fewer) if one is not None]
+    return ", or ".join(texts) or "a smaller model"
+
+
+def first_change_that_fits(
+    plan: Plan, fitted: Fitted = FITTED, candidates: Iterable[Change] | None = None
+) -> Change | None:
     """The first candidate whose estimate fits with its margin; None when none does."""
-    for change in _candidates(plan):
+    for change in _candidates(plan) if candidates is None else candidates:
         changed = plan_with(plan, change)
         if changed is not None:
             total = memory(workload_of(changed), fitted).total_bytes
             if verdict(total, changed.topology.chip.hbm_bytes) == "fits":
                 return change
     return None
+
+
+def change_text(change: Change) -> str:
+    """A change as overrides to paste."""
+    return " ".join(f"{path}={value}" for path, value in change.items())
 
 
 def plan_with(plan: Plan, change: Change) -> Plan | None:
@@ -75,16 +102,16 @@ def _current(plan: Plan, path: str) -> str:
 def _candidates(plan: Plan) -> Iterator[Change]:
     """Changes in the order in which they are tried; only settings that change are named."""
     recipe, rows = plan.recipe, plan.recipe.data.batch_rows
-    remats: list[Change] = [{}] if recipe.remat.policy == "full" else [{}, {"remat.policy": "full"}]
-    full = remats[-1]
+    full = _full_remat(plan)
+    remats = [{}, full] if full else [{}]
     if full:
         yield full
     for remat in remats:
-        for count in _accumulations(rows, plan.batch_shards, recipe.optim.accumulation):
-            yield {**remat, "optim.accumulation": str(count)}
+        yield from (change for change in _in_micro_batches(plan, remat) if change != remat)
     for fewer in _fewer_rows(rows, plan.batch_shards):
         yield {**full, **_accumulation(plan, 1), "data.batch_rows": str(fewer)}
-    yield from ({**full, **lighter} for lighter in _lighter_optimizer(plan))
+    for lighter in _lighter_optimizer(plan):
+        yield from _in_micro_batches(plan, {**full, **lighter})
     if plan.mesh.axis_sizes["data"] > 1:
         yield {**full, "mesh.data": "1", "mesh.fsdp": "-1"}
         if plan.topology.num_slices > 1:
@@ -102,6 +129,27 @@ def _lighter_optimizer(plan: Plan) -> Iterator[Change]:
         yield {"optim.moments_dtype": "bfloat16"}
     if optim.name == "adamw":
         yield {"optim.name": "adafactor"}
+
+
+def _fewer_weights(plan: Plan) -> Iterator[Change]:
+    """Training the attention of all layers alone, with each optimizer, in as few micro-batches as may be."""
+    recipe = plan.recipe
+    base = {**_full_remat(plan), "model.trainable": _ATTENTION_WEIGHTS}
+    if recipe.model.trainable != (_ATTENTION_WEIGHTS,):
+        for optimizer in ({}, *_lighter_optimizer(plan)):
+            yield from _in_micro_batches(plan, {**base, **optimizer})
+
+
+def _in_micro_batches(plan: Plan, change: Change) -> Iterator[Change]:
+    """A change as it is, then with ever more micro-batches."""
+    recipe = plan.recipe
+    yield change
+    for count in _accumulations(recipe.data.batch_rows, plan.batch_shards, recipe.optim.accumulation):
+        yield {**change, "optim.accumulation": str(count)}
+
+
+def _full_remat(plan: Plan) -> Change:
+    return {} if plan.recipe.remat.policy == "full" else {"remat.policy": "full"}
 
 
 def _slices_with_more_memory(topology: Topology) -> Iterator[Topology]:
