@@ -46,6 +46,16 @@ def test_the_plan_chooses_the_divisor_nearest_to_the_bytes(
     assert made.logits_token_bytes == 4 * made.device_rows * -(-128253 // tensor)
 
 
+def test_a_row_without_divisors_is_told_of() -> None:
+    (notice,) = (each for each in plan(4099, 24).notices if "logits" in each)  # 3 rows: 1,395 tokens in 2 GiB
+    assert (
+        notice.startswith("The logits of 4099 tokens of a row take 5.9 GiB on each device")
+        and "is 1." in notice
+    )
+    for fine in (plan(4096, 24), plan(4099, 24, chunk=4099)):
+        assert not [each for each in fine.notices if "logits" in each]
+
+
 def test_what_is_asked_for_is_what_runs() -> None:
     made = plan(8192, 16, chunk=128)
     assert made.loss_chunk_tokens == plan_json(made)["loss_chunk_tokens"] == 128

@@ -33,6 +33,20 @@ def chunk_tokens(seq_len: int, token_bytes: int) -> int:
     return min(_divisors(seq_len), key=lambda tokens: abs(math.log(tokens / wanted)))
 
 
+def chunk_notices(recipe: Recipe, chosen: int, token_bytes: int) -> list[str]:
+    """A sentence where no divisor of the row comes near to LOGITS_BYTES, and the plan chose the chunk."""
+    held, seq_len = chosen * token_bytes, recipe.data.seq_len
+    if recipe.loss.chunk_tokens or held <= 2 * LOGITS_BYTES or chosen == 1:
+        return []
+    gib, wanted = held / 2**30, LOGITS_BYTES / 2**30
+    below = max(tokens for tokens in _divisors(seq_len) if tokens < chosen)
+    return [
+        f"The logits of {chosen} tokens of a row take {gib:.1f} GiB on each device: no divisor of"
+        f" data.seq_len={seq_len} comes nearer to {wanted:.0f} GiB, the next one is {below}. A length with"
+        " more divisors, or loss.chunk_tokens, would change that."
+    ]
+
+
 def _divisors(number: int) -> list[int]:
     """In rising order."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tptrain.config.kernels import ChosenAttention, choose_attention
-from tptrain.config.loss_chunks import chunk_problems
+from tptrain.config.loss_chunks import chunk_notices, chunk_problems
 from tptrain.config.mesh_checks import (
     ChosenMesh,
     ShardingCase,
@@ -105,7 +105,7 @@ def finish(parts: Parts) -> Plan:
     master = recipe.precision.master
     padded = padded_table(parameter_table(model.facts), rules, mesh.shape.axis_sizes, master)
     table = with_frozen(padded, recipe.model.trainable)
-    return Plan(
+    plan = Plan(
         recipe=recipe,
         topology=topology,
         mesh=mesh.shape,
@@ -120,6 +120,8 @@ def finish(parts: Parts) -> Plan:
         export_dir=_export_dir(recipe),
         notices=(*model.notices, *attention.notices, *idle_notices(recipe, topology)),
     )
+    chunk = chunk_notices(recipe, plan.loss_chunk_tokens, plan.logits_token_bytes)
+    return replace(plan, notices=(*plan.notices, *chunk))
 
 
 def _export_dir(recipe: Recipe) -> str | None:

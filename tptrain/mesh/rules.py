@@ -20,20 +20,6 @@ from tptrain.mesh.axes import AXES
 Spec = tuple[tuple[str, ...], ...]
 Rule = tuple[str, ...] | None
 
-# The closed vocabulary of activation dims.
-ACT_DIMS = (
-    "act_batch",
-    "act_tokens",
-    "act_keys",
-    "act_embed",
-    "act_heads",
-    "act_kv_heads",
-    "act_group",
-    "act_head_dim",
-    "act_mlp",
-    "act_vocab",
-)
-
 _BATCH_RULES: dict[str, Rule] = {
     "act_batch": ("data", "fsdp"),
     "act_tokens": None,
