@@ -29,6 +29,8 @@ _STEERING = ("XLA_", "PJRT_", "CPU_NUM_DEVICES", "JAX_", "LIBTPU_", "TPU_")
 _WAY_OUT = "try a host with more memory or less other work; --until plan does without tracing"
 # Files of the child's folder.
 _RECIPE, _MODULE, _FACTS = "recipe.json", "module.pb", "traced.json"
+# Exit code of a child whose standard error is a message for people.
+_REFUSED = 3
 
 
 class TraceError(TptrainError):
@@ -101,6 +103,8 @@ def trace_in_child(plan: Plan, timeout_seconds: float = 600.0) -> Traced:
 
 
 def _death(code: int, stderr: str) -> str:
+    if code == _REFUSED:
+        return f"the step cannot be traced: {stderr.strip()}"
     if code == -9:
         return f"tracing was killed by the system (SIGKILL), probably for lack of host memory; {_WAY_OUT}"
     said = last_lines(stderr)
@@ -135,7 +139,11 @@ def _read(folder: Path) -> Traced:
 def main(folder: Path) -> None:
     """What the child does: the recipe in `folder` traced, and the result beside it."""
     recipe = TypeAdapter(Recipe).validate_json((folder / _RECIPE).read_bytes())
-    _write(folder, trace_step(plan_recipe(recipe)))
+    try:
+        _write(folder, trace_step(plan_recipe(recipe)))
+    except TptrainError as error:
+        print(error, file=sys.stderr)
+        sys.exit(_REFUSED)
 
 
 if __name__ == "__main__":

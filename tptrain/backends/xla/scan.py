@@ -12,7 +12,7 @@ over such tensors, and the loop below it (`_scan_impl_pytree`) hoists their leav
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -73,7 +73,7 @@ class Keeper:
 
 class _ScanLayers(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, function, keeper, constrain, names, x, *stacked):  # type: ignore[override]
+    def forward(ctx, function, keeper, constrain, turned, names, x, *stacked):  # type: ignore[override]
         def body(carry, layer):
             with keeper.recording() as kept:
                 y = function(carry, dict(zip(names, layer, strict=True)))
@@ -82,7 +82,8 @@ class _ScanLayers(torch.autograd.Function):
         with torch.no_grad():
             y, (inputs, kept) = _scan_impl_pytree(body, x, list(stacked))
         ctx.save_for_backward(inputs, *kept, *stacked)
-        ctx.function, ctx.keeper, ctx.constrain, ctx.names = function, keeper, constrain, names
+        ctx.function, ctx.keeper, ctx.constrain = function, keeper, constrain
+        ctx.turned, ctx.names = turned, names
         return y
 
     @staticmethod
@@ -94,20 +95,25 @@ class _ScanLayers(torch.autograd.Function):
         needed = ctx.needs_input_grad[-len(ctx.names) :]
         wanted = [name for name, need in zip(ctx.names, needed, strict=True) if need]
 
+        def turn(name: str, matrix: torch.Tensor) -> torch.Tensor:
+            return matrix.t() if name in ctx.turned else matrix
+
         def body(carry, layer_inputs):
             x, layer_kept, parameters = layer_inputs
             with torch.enable_grad(), ctx.keeper.supplying(layer_kept):
                 leaf = x.detach().requires_grad_(True)
                 layer = {n: p.detach() for n, p in zip(ctx.names, parameters, strict=True)}
-                trained = [layer[name].requires_grad_(True) for name in wanted]
+                trained = [turn(n, layer[n]).requires_grad_(True) for n in wanted]
+                layer |= {n: turn(n, p) for n, p in zip(wanted, trained, strict=True)}
                 gradients = torch.autograd.grad(ctx.function(leaf, layer), [leaf, *trained], carry)
-            constrained = [ctx.constrain(n, g) for n, g in zip(wanted, gradients[1:], strict=True)]
-            return gradients[0], constrained
+            # Before the gradients are turned back, or XLA would undo the turning.
+            constrained = map(ctx.constrain, wanted, gradients[1:])
+            return gradients[0], [turn(n, g) for n, g in zip(wanted, constrained, strict=True)]
 
         with torch.no_grad():
             grad_x, grad_stacked = _scan_impl_pytree(body, gradient, (inputs, kept, stacked), reverse=True)
         by_name = dict(zip(wanted, grad_stacked, strict=True))
-        return None, None, None, None, grad_x, *(by_name.get(name) for name in ctx.names)
+        return None, None, None, None, None, grad_x, *(by_name.get(name) for name in ctx.names)
 
 
 def scan_layers(
@@ -116,14 +122,16 @@ def scan_layers(
     constrain: Callable[[str, torch.Tensor], torch.Tensor],
     x: torch.Tensor,
     stacked: Tensors,
+    turned: Collection[str] = (),
 ) -> torch.Tensor:
     """Run `function` over the leading dim of every tensor in `stacked`, with gradients.
 
     function:  one layer; it may close over tensors that all layers share and that need no gradient.
     constrain: (name, gradient of one layer's parameter) -> the gradient, its sharding stated.
+    turned:    names of matrices whose gradients are made, and handed to `constrain`, transposed.
     """
     names = tuple(stacked)
-    return _ScanLayers.apply(function, keeper, constrain, names, x, *stacked.values())
+    return _ScanLayers.apply(function, keeper, constrain, turned, names, x, *stacked.values())
 
 
 def scan_caches(function, x: torch.Tensor, stacked: Tensors, caches: list[torch.Tensor]):
