@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from tptrain.chips import Chip
 from tptrain.mesh import MeshShape
@@ -43,6 +44,11 @@ def chosen_flags(text: str, chip: Chip, mesh: MeshShape) -> dict[str, str]:
     """What the compiler is given: after "auto" the tuned flags, overridden by those written out."""
     tuned = tuned_flags(chip, mesh) if text.split()[:1] == [AUTO] else {}
     return {**tuned, **compiler_flags(text)}
+
+
+def cuts_products_up(flags: Mapping[str, str]) -> bool:
+    """Whether, with these flags, a product may run in steps beside the exchange of its operand or result."""
+    return flags.get(_COLLECTIVE_MATMUL) != str(_NEVER_MIB)
 
 
 def tuned_flags(chip: Chip, mesh: MeshShape) -> dict[str, str]:

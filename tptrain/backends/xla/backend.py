@@ -26,6 +26,7 @@ from tptrain.backends.xla.capture import CapturedStep, compile_count
 from tptrain.backends.xla.passes import apply_passes
 from tptrain.backends.xla.sharding import DeviceMesh
 from tptrain.backends.xla.splash import SplashKernel
+from tptrain.config.compiler_flags import cuts_products_up
 from tptrain.config.plan import Plan
 from tptrain.config.state_parts import PARAMS
 from tptrain.mesh import Spec, shard_slices, spec_of
@@ -57,7 +58,8 @@ class XlaBackend:
         plan, splash = self.plan, None
         if plan.splash is not None:
             splash = SplashKernel(self.mesh, plan.rules.acts, plan.splash)
-        apply_passes(decoder, self.layout, self.mesh, plan.rules, plan.recipe.remat.policy, splash)
+        policy, cut_up = plan.recipe.remat.policy, cuts_products_up(plan.tpu_flags)
+        apply_passes(decoder, self.layout, self.mesh, plan.rules, policy, splash, cut_up)
         return decoder
 
     def place(self, source: TensorSource, part: str = PARAMS) -> Tensors:
