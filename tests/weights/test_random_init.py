@@ -7,10 +7,10 @@ import itertools
 
 import pytest
 import torch
+from tptrain.weights.random_init import BLOCK_ROWS
 
 from tptrain.family.table import ParamRow, bias, matrix, norm_scale
 from tptrain.weights import RandomSource
-from tptrain.weights.random_init import BLOCK_ROWS
 
 ROW = matrix("model.embed_tokens.weight", ("vocab", "embed"), (2 * BLOCK_ROWS + 77, 6))
 WHOLE = (slice(None), slice(None))
