@@ -1,10 +1,10 @@
 """New weights: what they are, on the host, and as a program that makes them where they are to stay.
 
-A weight matrix is normal(key, size) * initializer_range, with a key for each row of the parameter table. JAX's
-generator ("threefry2x32", partitionable) counts positions: a number depends on the key and on its position
-alone. So it is the same however layers are stacked and devices split them, and a device computes its own
-numbers without those of another. `jax.random.normal(row_key(seed, name), size) * initializer_range` gives
-them in a JAX program, but for rounding (see `inverse_erf`).
+A weight matrix is normal(key, size) * initializer_range, with a key for each row of the parameter table.
+JAX's generator ("threefry2x32", partitionable) counts positions: a number depends on the key and on its
+position alone. So it is the same however layers are stacked and devices split them, and a device computes
+its own numbers without those of another. In a JAX program they are, but for rounding (see `inverse_erf`),
+`jax.random.normal(row_key(seed, name), size) * initializer_range`.
 """
 
 from __future__ import annotations

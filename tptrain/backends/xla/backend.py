@@ -79,7 +79,7 @@ class XlaBackend:
         return traced
 
     def _new_weights(self, source: RandomSource | None) -> Tensors:
-        """Traced: JAX's program for whole buffers, and how they are split, from which XLA derives the rest."""
+        """Traced: JAX's program for whole buffers, and how they are split; XLA derives the rest."""
         assert source is not None, "new weights need a seed"
         buffers = self.layout.buffers.values()
         rows = tuple((buffer.rows, buffer.stacked) for buffer in buffers)
