@@ -1,47 +1,69 @@
-"""RandomSource: numbers depend on seed, name and position alone, and only what is asked for is generated."""
+"""RandomSource: numbers depend on seed, name and position alone, and are those of JAX's generator."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
+from scipy.special import erfinv
 
 from tptrain.family.table import ParamRow, bias, matrix, norm_scale
-from tptrain.weights import RandomSource
-from tptrain.weights.random_init import BLOCK_ROWS
+from tptrain.jaxside.random_init import RandomSource, inverse_erf, key_words, row_key
 
-ROW = matrix("model.embed_tokens.weight", ("vocab", "embed"), (2 * BLOCK_ROWS + 77, 6))
+ROW = matrix("model.embed_tokens.weight", ("vocab", "embed"), (1031, 6))
 WHOLE = (slice(None), slice(None))
+
+
+def test_the_numbers_are_those_of_jax() -> None:
+    """But for rounding: erf_inv of JAX is up to 6e-6 of a number off, near the ends; ours 3e-7."""
+    ours = RandomSource(3, 0.05).read(ROW, WHOLE).numpy()
+    theirs = np.asarray(jax.random.normal(row_key(3, ROW.name), ROW.size, jnp.float32)) * 0.05
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+def test_a_key_is_the_beginning_of_a_hash() -> None:
+    digest = hashlib.sha256(b"3/model.embed_tokens.weight").digest()
+    low, high = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
+    assert key_words(3, "model.embed_tokens.weight").tolist() == [low, high]
+
+
+def test_the_inverse_error_function() -> None:
+    """Also where it is steep: the last float32 before 1, and both sides of the switch of polynomials."""
+    one = np.float32(1)
+    ends = [np.nextafter(one, np.float32(0)), *(one - np.float32(2) ** -np.arange(2, 24, dtype=np.float32))]
+    x = np.concatenate([np.linspace(-0.9999, 0.9999, 100_001), ends, np.negative(ends)]).astype(np.float32)
+    x = x[x != 0]
+    np.testing.assert_allclose(np.asarray(jax.jit(inverse_erf)(x)), erfinv(x.astype(np.float64)), rtol=5e-7)
 
 
 def test_slices_are_parts_of_one_tensor() -> None:
     full = RandomSource(3, 0.02).read(ROW, WHOLE)
-    rows = [(0, 5), (1000, 1030), (1024, 2048), (7, 2125), (2048, 2125), (9, 9)]
+    source = RandomSource(3, 0.02)
+    rows = [(0, 5), (1000, 1030), (7, 1031), (9, 9)]
     columns = [(0, 6), (1, 4), (5, 6)]
     for (r0, r1), (c0, c1) in itertools.product(rows, columns):
         index = (slice(r0, r1), slice(c0, c1))
-        assert torch.equal(RandomSource(3, 0.02).read(ROW, index), full[index])
+        assert torch.equal(source.read(ROW, index), full[index])
 
 
 def test_order_and_other_rows_make_no_difference() -> None:
     other = matrix("lm_head.weight", ROW.dims, ROW.size)
     source = RandomSource(3, 0.02)
     first = source.read(ROW, WHOLE)
-    source.read(other, (slice(5, 9), slice(None)))
+    assert (source.read(other, WHOLE) != first).float().mean() > 0.99
     assert torch.equal(source.read(ROW, WHOLE), first)
-    assert not torch.equal(source.read(other, WHOLE), first)
 
 
-def test_seed_changes_every_number() -> None:
-    one, two = (RandomSource(seed, 0.02).read(ROW, WHOLE) for seed in (3, 4))
-    assert (one != two).all()
-
-
-def test_blocks_do_not_repeat() -> None:
-    full = RandomSource(0, 1.0).read(ROW, WHOLE)
-    assert (full[:BLOCK_ROWS] != full[BLOCK_ROWS : 2 * BLOCK_ROWS]).all()
+def test_seed_and_layer_change_every_number() -> None:
+    layers = [matrix(f"model.layers.{i}.mlp.up_proj.weight", ROW.dims, ROW.size) for i in (1, 2, 11)]
+    drawn = [RandomSource(seed, 0.02).read(layer, WHOLE) for seed in (1, 11) for layer in layers]
+    for one, two in itertools.combinations(drawn, 2):
+        assert (one != two).float().mean() > 0.99
 
 
 def test_distribution() -> None:
@@ -49,42 +71,26 @@ def test_distribution() -> None:
     assert values.dtype == torch.float32
     assert values.mean().abs() < 3e-4 and abs(values.std().item() / 0.05 - 1) < 5e-3
     assert abs((values.abs() < 0.05).float().mean().item() - 0.6827) < 3e-3
+    assert abs((values.abs() > 0.15).float().mean().item() - 0.0027) < 3e-4
 
 
-def test_a_seed_means_the_same_numbers_on_every_machine() -> None:
-    """A digest, so that an upgrade of numpy or a change of the blocks cannot pass unseen."""
-    values = RandomSource(0, 0.02).read(ROW, WHOLE)
-    assert hashlib.sha256(values.numpy().tobytes()).hexdigest() == (
-        "842ea4285db573486a3cf4d87403e7051c25f6a2b1f097da9cae59592375425f"
-    )
+def test_a_seed_means_the_same_numbers_after_an_upgrade() -> None:
+    """To what another processor or compiler may round otherwise."""
+    values = RandomSource(0, 0.02).read(ROW, WHOLE).flatten()[[0, 1, 1000, 6185]]
+    expected = torch.tensor([-0.00467823399, 0.00156766223, 0.00293621467, -0.032789316])
+    torch.testing.assert_close(values, expected, rtol=1e-6, atol=0)
+
+
+def test_a_setting_of_jax_makes_no_difference() -> None:
+    expected = RandomSource(0, 0.02).read(ROW, WHOLE)
+    with jax.threefry_partitionable(False):
+        assert torch.equal(RandomSource(0, 0.02).read(ROW, WHOLE), expected)
 
 
 def test_norms_are_ones_and_biases_zeros() -> None:
     source = RandomSource(0, 0.02)
     assert torch.equal(source.read(norm_scale("n", 5), (slice(1, 4),)), torch.ones(3))
     assert torch.equal(source.read(bias("b", "heads", 5), (slice(None),)), torch.zeros(5))
-
-
-def test_only_touched_blocks_are_generated_and_memory_is_bounded() -> None:
-    huge = matrix("w", ("vocab", "embed"), (10**9, 4))  # 16 GB in full
-    source = RandomSource(0, 0.02)
-    source.read(huge, (slice(7 * 10**8, 7 * 10**8 + 10), slice(None)))
-    assert source.blocks_generated == 1
-
-
-def test_blocks_of_the_last_row_are_kept_for_the_next_device() -> None:
-    source = RandomSource(0, 0.02)
-    for column in range(6):
-        source.read(ROW, (slice(None), slice(column, column + 1)))
-    assert source.blocks_generated == 3
-
-
-def test_the_cache_has_a_limit() -> None:
-    block_bytes = BLOCK_ROWS * 6 * 4
-    source = RandomSource(0, 0.02, cache_bytes=block_bytes)
-    first = source.read(ROW, WHOLE)
-    assert torch.equal(source.read(ROW, WHOLE), first)
-    assert source.blocks_generated == 3 + 2  # one block kept, two made again
 
 
 def test_what_is_read_may_be_written_to() -> None:

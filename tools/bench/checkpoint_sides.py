@@ -26,7 +26,8 @@ from tptrain.config import (
     ScheduleSection,
 )
 from tptrain.config.planning import plan_recipe
-from tptrain.weights import RandomSource
+from tptrain.config.state_parts import PARAMS
+from tptrain.jaxside.random_init import RandomSource
 
 DEVICES = 8
 
@@ -67,7 +68,7 @@ class OurSide:
         self.plan, self.folder = bench_plan(gb), folder
         self.backend = make_backend(self.plan)
         self.parts = {
-            part: self.backend.place(RandomSource(seed, 0.02), part)
+            part: self.backend.create([PARAMS], RandomSource(seed, 0.02))[PARAMS]
             for seed, part in enumerate(self.plan.parts)
         }
         self.backend.sync()

@@ -42,7 +42,8 @@ def make(folder: Path, config: Config) -> dict[str, float]:
     """A checkpoint as training saves it: weights and two moments in float32."""
     from tptrain.ckpt.importing import write_step
     from tptrain.family import facts_from_config, parameter_table, stored_rows
-    from tptrain.weights import RandomSource, complete_config
+    from tptrain.jaxside.random_init import RandomSource
+    from tptrain.weights import complete_config
     from tptrain.weights.hf_json import write_json
 
     hf_config = complete_config({"model_type": "llama", **config}, "float32")

@@ -204,12 +204,12 @@ def run(backend: str, steps: int, rows: int, threads: int, started: float) -> di
 
     from tptrain.backends.make import make_backend
     from tptrain.config.planning import plan_recipe
+    from tptrain.jaxside.random_init import RandomSource
     from tptrain.train.folder import RunFolder
     from tptrain.train.journal import StepRecord
     from tptrain.train.loop import Loop, Progress
     from tptrain.train.run import prepare
     from tptrain.train.state import fresh_state
-    from tptrain.weights import RandomSource
 
     torch.set_num_threads(threads)
     plan = plan_recipe(recipe(backend, steps, rows))

@@ -26,11 +26,11 @@ from tptrain.config import (
     ScheduleSection,
 )
 from tptrain.config.planning import plan_recipe
+from tptrain.jaxside.random_init import RandomSource
 from tptrain.mesh import AXES
 from tptrain.train.schedule import step_scalars
 from tptrain.train.state import fresh_state, state_specs
 from tptrain.train.step import make_train_step
-from tptrain.weights import RandomSource
 
 DEVICES, FSDP, TENSOR = 8, 4, 2
 STEPS = 1000  # of the schedule; a run makes fewer

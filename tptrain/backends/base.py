@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,6 +19,7 @@ import torch
 from tptrain.config.plan import Plan
 from tptrain.config.state_parts import PARAMS
 from tptrain.family.table import ParamRow, stored_rows
+from tptrain.jaxside.random_init import RandomSource
 from tptrain.mesh import Spec
 from tptrain.models.decoder import Decoder
 from tptrain.models.loss import LossChunks
@@ -203,8 +204,12 @@ class Backend(Protocol):
         """Read every buffer of a part of the state from `source`, each device's slice onto that device."""
         ...
 
-    def zeros(self, part: str) -> Tensors:
-        """Zeros for every buffer of a part of the state."""
+    def create(self, parts: Iterable[str], source: RandomSource | None = None) -> dict[str, Tensors]:
+        """Parts of the state that nothing is read for: new weights for PARAMS, zeros for all others.
+
+        Each device makes its own pieces, where they stay; where programs are compiled, one makes them all.
+        source: the seed and spread of the weights, where PARAMS is among the parts.
+        """
         ...
 
     def put_batch(self, batch: Mapping[str, Any]) -> Tensors:

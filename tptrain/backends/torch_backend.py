@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from tptrain.backends.base import TORCH_DTYPES, Layout, StepFunction, Tensors, T
 from tptrain.backends.shards import read_buffer_shards
 from tptrain.config.plan import Plan
 from tptrain.config.state_parts import PARAMS
+from tptrain.jaxside.random_init import RandomSource
 from tptrain.mesh import Spec
 from tptrain.models.attention import KVCache
 from tptrain.models.decoder import Decoder, LayerContext, LayerList
@@ -75,7 +76,14 @@ class TorchBackend:
             placed[name] = read_buffer_shards(buffer, {0: whole}, source)[0]
         return placed
 
-    def zeros(self, part: str) -> Tensors:
+    def create(self, parts: Iterable[str], source: RandomSource | None = None) -> dict[str, Tensors]:
+        return {part: self._new_weights(source) if part == PARAMS else self._zeros(part) for part in parts}
+
+    def _new_weights(self, source: RandomSource | None) -> Tensors:
+        assert source is not None, "new weights need a seed"
+        return self.place(source)
+
+    def _zeros(self, part: str) -> Tensors:
         return {name: torch.zeros(b.shape, dtype=b.dtype) for name, b in self.layouts[part].buffers.items()}
 
     def put_batch(self, batch: Mapping[str, Any]) -> Tensors:

@@ -19,11 +19,11 @@ from tptrain.data.render import record_texts
 from tptrain.data.sources import load_records
 from tptrain.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
 from tptrain.errors import raise_if_any
+from tptrain.jaxside.random_init import RandomSource
 from tptrain.train.folder import RunFolder, resumes
 from tptrain.weights import (
     CONFIG_FILES,
     TOKENIZER_FILES,
-    RandomSource,
     SafetensorsSource,
     collect_assets,
     local_folder,

@@ -8,6 +8,7 @@ import torch
 
 from tptrain.backends.base import Backend, Layout, Tensors, TensorSource
 from tptrain.config.state_parts import PARAMS
+from tptrain.jaxside.random_init import RandomSource
 from tptrain.mesh import Spec
 
 # 1 once a loss or gradient was not finite; from then on no update is applied.
@@ -43,13 +44,15 @@ def split_frozen(state: Tensors, layout: Layout) -> tuple[Tensors, Tensors]:
 
 
 def fresh_state(backend: Backend, source: TensorSource) -> Tensors:
-    """Weights read from `source`, everything that the optimizer keeps zero."""
+    """Weights read from `source`, or made by the devices where they are new; everything else zero."""
+    if isinstance(source, RandomSource):
+        return join_parts(backend.create(backend.layouts, source), not_halted(backend))
     return begun_state(backend, backend.place(source))
 
 
 def begun_state(backend: Backend, params: Tensors) -> Tensors:
     """The state of a run that begins with these weights."""
-    beside = {part: backend.zeros(part) for part in backend.layouts if part != PARAMS}
+    beside = backend.create(part for part in backend.layouts if part != PARAMS)
     return join_parts({PARAMS: params, **beside}, not_halted(backend))
 
 

@@ -1,4 +1,4 @@
-"""Weights and the files around them: safetensors in, random initialisation, Hugging Face folders out."""
+"""Weights and the files around them: safetensors in, Hugging Face folders out."""
 
 from tptrain.hf_files import (
     CONFIG_FILES,
@@ -10,7 +10,6 @@ from tptrain.hf_files import (
 from tptrain.weights.assets import collect_assets
 from tptrain.weights.hf_folder import check_export_target, export_bytes, export_folder
 from tptrain.weights.hf_json import complete_config
-from tptrain.weights.random_init import RandomSource
 from tptrain.weights.row_stream import ReadBlocks, blocks_of
 from tptrain.weights.safetensors_in import SafetensorsSource
 
@@ -18,7 +17,6 @@ __all__ = [
     "CONFIG_FILES",
     "TOKENIZER_FILES",
     "WEIGHT_FILES",
-    "RandomSource",
     "ReadBlocks",
     "SafetensorsSource",
     "blocks_of",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import closing
 from typing import Any
 
@@ -23,12 +23,14 @@ from tptrain.backends.base import (
 )
 from tptrain.backends.shards import read_buffer_shards
 from tptrain.backends.xla.capture import CapturedStep, compile_count
+from tptrain.backends.xla.jax_call import traced_call
 from tptrain.backends.xla.passes import apply_passes
 from tptrain.backends.xla.sharding import DeviceMesh
 from tptrain.backends.xla.splash import SplashKernel
 from tptrain.config.compiler_flags import cuts_products_up
 from tptrain.config.plan import Plan
 from tptrain.config.state_parts import PARAMS
+from tptrain.jaxside.random_init import RandomSource, keys_of, new_weights_hlo
 from tptrain.mesh import Spec, shard_slices, spec_of
 from tptrain.models.decoder import Decoder
 from tptrain.weights.read_ahead import read_ahead
@@ -73,9 +75,27 @@ class XlaBackend:
             mine = {position: slices[position] for position in self.local_positions}
             yield buffer, read_buffer_shards(buffer, mine, source)
 
-    def zeros(self, part: str) -> Tensors:
-        buffers = self.layouts[part].buffers
-        return {name: self._zero(b.shape, b.spec, b.dtype) for name, b in buffers.items()}
+    def create(self, parts: Iterable[str], source: RandomSource | None = None) -> dict[str, Tensors]:
+        traced = {part: self._new_weights(source) if part == PARAMS else self._zeros(part) for part in parts}
+        torch_xla.sync()
+        return traced
+
+    def _new_weights(self, source: RandomSource | None) -> Tensors:
+        """Traced: JAX's program for whole buffers, and how they are split; XLA derives the rest."""
+        assert source is not None, "new weights need a seed"
+        buffers = self.layout.buffers.values()
+        rows = tuple((buffer.rows, buffer.stacked) for buffer in buffers)
+        keys = self.put_constant(torch.from_numpy(keys_of(rows, source.seed)))
+        made = traced_call("new_weights", new_weights_hlo(rows, source.initializer_range))([keys])
+        return {b.name: self.mesh.mark(x.to(b.dtype), b.spec) for b, x in zip(buffers, made, strict=True)}
+
+    def _zeros(self, part: str) -> Tensors:
+        """Traced."""
+        device = torch_xla.device()
+        return {
+            name: self.mesh.mark(torch.zeros(b.shape, dtype=b.dtype, device=device), b.spec)
+            for name, b in self.layouts[part].buffers.items()
+        }
 
     def _zero(self, shape: tuple[int, ...], spec: Spec, dtype: torch.dtype) -> torch.Tensor:
         slices = shard_slices(shape, spec, self.mesh.axis_sizes)

@@ -8,7 +8,7 @@ may write over) is added to the module afterwards.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from tptrain.backends.xla.sharding import partition_spec
 from tptrain.config.plan import Plan
 from tptrain.config.state_parts import PARAMS
 from tptrain.family import ParamRow
+from tptrain.jaxside.random_init import RandomSource
 from tptrain.mesh import Spec
 
 _XLAC = torch_xla._XLAC
@@ -61,6 +62,9 @@ class PlaceholderBackend(XlaBackend):
     def place(self, source: TensorSource, part: str = PARAMS) -> Tensors:
         buffers = self.layouts[part].buffers.values()
         return {b.name: self._placeholder(b.shape, b.spec, b.dtype) for b in buffers}
+
+    def create(self, parts: Iterable[str], source: RandomSource | None = None) -> dict[str, Tensors]:
+        return {part: self.place(self.no_source, part) for part in parts}
 
     def _zero(self, shape: tuple[int, ...], spec: Spec, dtype: torch.dtype) -> torch.Tensor:
         return self._placeholder(shape, spec, dtype)
