@@ -1,8 +1,9 @@
 """The first change of a recipe with which its step would fit a chip's memory.
 
 Candidates are tried from the one that costs least: compute activations again, take smaller micro-batches,
-train on fewer rows, split parameters over more chips, take chips with more memory, train on shorter rows.
-Each is planned like any recipe, so that what is proposed passes every other check, too.
+keep activations in the host's memory, train on fewer rows, split parameters over more chips, take chips with
+more memory, train on shorter rows. Each is planned like any recipe, so that what is proposed passes every
+other check, too.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from collections.abc import Iterator
 
 from tptrain.config.overrides import apply_overrides
 from tptrain.config.plan import Plan
+from tptrain.config.remat import OFFLOADED
 from tptrain.config.resolve import resolve
 from tptrain.config.settings import settings, shown, value_of
 from tptrain.errors import Problem, ProblemsError
 from tptrain.estimate.estimate import Estimate
+from tptrain.estimate.hosts import host_memory_problems, host_needs
 from tptrain.estimate.memory import FITTED, Fitted, memory, verdict
 from tptrain.estimate.text import bytes_text
 from tptrain.estimate.workload import workload_of
@@ -49,11 +52,17 @@ def first_change_that_fits(plan: Plan, fitted: Fitted = FITTED) -> Change | None
     """The first candidate whose estimate fits with its margin; None when none does."""
     for change in _candidates(plan):
         changed = plan_with(plan, change)
-        if changed is not None:
-            total = memory(workload_of(changed), fitted).total_bytes
-            if verdict(total, changed.topology.chip.hbm_bytes) == "fits":
-                return change
+        if changed is not None and _fits(changed, fitted):
+            return change
     return None
+
+
+def _fits(plan: Plan, fitted: Fitted) -> bool:
+    work = workload_of(plan)
+    total = memory(work, fitted).total_bytes
+    return verdict(total, plan.topology.chip.hbm_bytes) == "fits" and not host_memory_problems(
+        plan, host_needs(plan, work)
+    )
 
 
 def plan_with(plan: Plan, change: Change) -> Plan | None:
@@ -74,13 +83,15 @@ def _current(plan: Plan, path: str) -> str:
 def _candidates(plan: Plan) -> Iterator[Change]:
     """Changes in the order in which they are tried; only settings that change are named."""
     recipe, rows = plan.recipe, plan.recipe.data.batch_rows
-    remats: list[Change] = [{}] if recipe.remat.policy == "full" else [{}, {"remat.policy": "full"}]
-    full = remats[-1]
+    accumulations = list(_accumulations(rows, plan.batch_shards, recipe.optim.accumulation))
+    full = _least_kept(plan)
     if full:
         yield full
-    for remat in remats:
-        for count in _accumulations(rows, plan.batch_shards, recipe.optim.accumulation):
-            yield {**remat, "optim.accumulation": str(count)}
+    for remat in [{}, full] if full else [{}]:
+        yield from ({**remat, "optim.accumulation": str(count)} for count in accumulations)
+    for offload in _offloading(plan):
+        yield offload
+        yield from ({**offload, "optim.accumulation": str(count)} for count in accumulations)
     for fewer in _fewer_rows(rows, plan.batch_shards):
         yield {**full, **_accumulation(plan, 1), "data.batch_rows": str(fewer)}
     yield from ({**full, **lighter} for lighter in _lighter_optimizer(plan))
@@ -92,6 +103,19 @@ def _candidates(plan: Plan) -> Iterator[Change]:
         yield from ({**full, **change} for change in _on_another_slice(plan, larger))
     for tokens in _shorter_rows(recipe.data.seq_len):
         yield {**full, **_accumulation(plan, rows // plan.batch_shards), "data.seq_len": str(tokens)}
+
+
+def _least_kept(plan: Plan) -> Change:
+    """The policy that keeps least, in the same memory as the recipe's; {} where the recipe's does."""
+    now = plan.recipe.remat.policy
+    least = "offload" if now in OFFLOADED else "full"
+    return {} if now == least else {"remat.policy": least}
+
+
+def _offloading(plan: Plan) -> Iterator[Change]:
+    """Activations to the host, where TPUs have one, the XLA backend can, and the recipe does not yet."""
+    if plan.recipe.backend == "xla" and plan.topology.chip.platform == "tpu" and not plan.offloaded:
+        yield {"remat.policy": "offload"}
 
 
 def _lighter_optimizer(plan: Plan) -> Iterator[Change]:

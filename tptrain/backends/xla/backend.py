@@ -57,7 +57,8 @@ class XlaBackend:
         plan, splash = self.plan, None
         if plan.splash is not None:
             splash = SplashKernel(self.mesh, plan.rules.acts, plan.splash)
-        apply_passes(decoder, self.layout, self.mesh, plan.rules, plan.recipe.remat.policy, splash)
+        remat = plan.recipe.remat.policy
+        apply_passes(decoder, self.layout, self.mesh, plan.rules, remat, plan.offloaded, splash)
         return decoder
 
     def place(self, source: TensorSource, part: str = PARAMS) -> Tensors:
