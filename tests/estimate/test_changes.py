@@ -18,6 +18,8 @@ CASES = {
     "remat": (("v6e-16", 2048, 32, "remat.policy=none"), {"remat.policy"}),
     "micro-batches": (("v6e-16", 2048, 512), {"optim.accumulation"}),
     "both": (("v6e-16", 4096, 96, "remat.policy=none"), {"remat.policy", "optim.accumulation"}),
+    # One row on each chip, whose layer inputs take half of its memory.
+    "offload": (("v6e-16", 65536, 16, "kernels.attention=splash", *LONG), {"remat.policy"}),
     "replicas": (("v6e-16", 1024, 16, "mesh.data=8", "mesh.fsdp=2"), {"mesh.data", "mesh.fsdp"}),
     "more chips": (("v5e-4", 512, 64), {"topology"}),
     "more chips than rows": (("v5e-4", 512, 4), {"topology", "data.batch_rows"}),

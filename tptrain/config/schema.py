@@ -152,8 +152,8 @@ class RematSection:
 
     policy: Literal["none", "dots", "attention", "full", "offload_attention", "offload"] = "none"
     """full: keep each layer's input only; attention: what attention gave as well; dots: the results of all
-    matrix products, scores excepted; none: everything. offload: as full, offload_attention: as attention, but
-    what is kept waits in the memory of the TPUs' host. (backend=torch: none and full only.)"""
+    matrix products, scores excepted; none: everything. offload and offload_attention: as full and attention,
+    but what is kept waits in the memory of the TPUs' host. backend=torch: none and full only."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)

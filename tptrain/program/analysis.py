@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from tptrain.program.collectives import Network, Transfer, transfers
 from tptrain.program.device_groups import MeshPlaces
 from tptrain.program.flops import PALLAS_TARGET, custom_call_flops, matmul_flops
-from tptrain.program.hlo_text import Computation, Instruction, Module
+from tptrain.program.hlo_text import HOST_SPACE, Computation, Instruction, Module
 from tptrain.program.walk import Visit, Walk, fused_instructions
 from tptrain.topology import Chip, Topology
 
@@ -221,11 +221,22 @@ class _Analysis:
         for kernel in kernels:
             if kernel.flops is None:
                 self.notices.append(f"the kernel {kernel.name} states no FLOPs and counts as none")
+        if self._uses_host_memory():
+            self.notices.append("copies to and from the host's memory have no estimate and count as none")
         if any(use.seconds is None for use in collectives):
             chip = self.mesh.topology.chip.name
             self.notices.append(
                 f"the speed of {chip}'s data centre network is not known: its use counts as none"
             )
+
+
+    def _uses_host_memory(self) -> bool:
+        return any(
+            array.memory_space == HOST_SPACE
+            for visit in self.walk.visits()
+            for one in visit.computation.instructions
+            for array in one.arrays
+        )
 
 
 @dataclass(frozen=True)
