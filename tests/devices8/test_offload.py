@@ -1,4 +1,4 @@
-"""Policies that offload: the values of their policies without, and moves to the host exactly where they belong."""
+"""Policies that offload: the same values as without, and moves to the host exactly where they belong."""
 
 from __future__ import annotations
 

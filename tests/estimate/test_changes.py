@@ -20,6 +20,10 @@ CASES = {
     "both": (("v6e-16", 4096, 96, "remat.policy=none"), {"remat.policy", "optim.accumulation"}),
     # One row on each chip, whose layer inputs take half of its memory.
     "offload": (("v6e-16", 65536, 16, "kernels.attention=splash", *LONG), {"remat.policy"}),
+    "offload already": (
+        ("v6e-16", 8192, 256, "kernels.attention=splash", "remat.policy=offload"),
+        {"optim.accumulation"},
+    ),
     "replicas": (("v6e-16", 1024, 16, "mesh.data=8", "mesh.fsdp=2"), {"mesh.data", "mesh.fsdp"}),
     "more chips": (("v5e-4", 512, 64), {"topology"}),
     "more chips than rows": (("v5e-4", 512, 4), {"topology", "data.batch_rows"}),

@@ -229,7 +229,6 @@ class _Analysis:
                 f"the speed of {chip}'s data centre network is not known: its use counts as none"
             )
 
-
     def _uses_host_memory(self) -> bool:
         return any(
             array.memory_space == HOST_SPACE
