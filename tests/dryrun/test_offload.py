@@ -43,6 +43,13 @@ def compiled(remat: str, libtpu: Path | None) -> CompiledProgram:
     return program
 
 
+def copies(program: CompiledProgram) -> dict[str, tuple[int, float]]:
+    """Kind -> executions and bytes of the copies over PCIe."""
+    assert program.cost
+    uses = [use for use in program.cost.collectives if use.network == "PCIe"]
+    return {use.kind: (use.executions, use.num_bytes) for use in uses}
+
+
 @pytest.mark.parametrize("libtpu", COMPILERS)
 def test_stacks_of_activations_leave_the_chip(
     libtpu: Path | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -57,6 +64,9 @@ def test_stacks_of_activations_leave_the_chip(
     assert away.memory.temporary_bytes < 0.3 * STACKS
     assert away.memory.aliased_bytes == here.memory.aliased_bytes
     assert away.cost.total_flops == here.cost.total_flops
-    notice = "copies to and from the host's memory have no estimate and count as none"
-    assert notice in away.cost.notices and notice not in here.cost.notices
+    assert copies(away) == {
+        "copy to host": (2 * 96, STACKS),
+        "copy from host": (2 * 96, STACKS),
+    }
+    assert copies(here) == {} and away.cost.notices == here.cost.notices
     assert " in the host's memory" in "\n".join(program_lines(away, None))
