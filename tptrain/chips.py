@@ -24,6 +24,8 @@ class Chip:
     hbm_bytes_per_second:       between HBM and the chip.
     ici_link_bytes_per_second:  over one link to a neighbouring chip, in one direction.
     dcn_bytes_per_second:       a chip's share of its host's data centre network, in one direction.
+    host_link_bytes_per_second: between a chip and the memory of its host, in one direction.
+    host_memory_bytes:          a chip's share of its host's memory.
     clock_hertz:       of the TensorCores.
     mxu_flops_per_cycle: of all matrix units of the chip in bfloat16; a multiply-add is two.
     tensor_cores:      TensorCores; together they are one device.
@@ -42,6 +44,8 @@ class Chip:
     hbm_bytes_per_second: float | None
     ici_link_bytes_per_second: float | None
     dcn_bytes_per_second: float | None
+    host_link_bytes_per_second: float | None
+    host_memory_bytes: int | None
     clock_hertz: float | None
     mxu_flops_per_cycle: int | None
     tensor_cores: int
@@ -78,6 +82,10 @@ class Chip:
 #   800 over 4 (v6e). v4: "How to Scale Your Model" (jax-ml.github.io/scaling-book), part 2, which has the
 #   same values as Google Cloud for the other three.
 # - DCN: v5p 50 Gbit/s per chip; v5e 6.4 and v6e 25.6 Tbit/s per pod of 256 chips. The v4 page has no value.
+# - Host link: the same book, part 2: PCIe with 16 GB/s each way for v4, about 15 for v5, 32 for v6e.
+# - Host memory: of machine types, in GB, over their chips: 384 over 8 and 192 over 4 (ct5lp-hightpu, the page
+#   on v5e); 407 over 4 (ct4p-hightpu-4t), 448 over 4 (ct5p-hightpu-4t), 720 over 4 and 1440 over 8
+#   (ct6e-standard) by copies of Google's table of machine types that others publish.
 # - Matrix units: the pages on v4, v5p and v5e give four MXUs to a TensorCore, the page on TPU architecture
 #   128 x 128 multiply-adds a cycle to an MXU before v6e. The clocks are the peak over these: 1.05 GHz (also
 #   in the TPU v4 paper, arXiv:2304.01433), 1.75 and 1.5. v6e is an inference: an MXU is 256 x 256, and only
@@ -93,6 +101,8 @@ V4 = Chip(
     hbm_bytes_per_second=1200e9,
     ici_link_bytes_per_second=45e9,
     dcn_bytes_per_second=None,
+    host_link_bytes_per_second=16e9,
+    host_memory_bytes=407_000_000_000 // 4,
     clock_hertz=1.05e9,
     mxu_flops_per_cycle=2 * 4 * 128 * 128 * 2,
     tensor_cores=2,
@@ -111,6 +121,8 @@ V5P = Chip(
     hbm_bytes_per_second=2765e9,
     ici_link_bytes_per_second=100e9,
     dcn_bytes_per_second=50e9 / 8,
+    host_link_bytes_per_second=15e9,
+    host_memory_bytes=448_000_000_000 // 4,
     clock_hertz=1.75e9,
     mxu_flops_per_cycle=2 * 4 * 128 * 128 * 2,
     tensor_cores=2,
@@ -129,6 +141,8 @@ V5E = Chip(
     hbm_bytes_per_second=819e9,
     ici_link_bytes_per_second=50e9,
     dcn_bytes_per_second=6.4e12 / 256 / 8,
+    host_link_bytes_per_second=15e9,
+    host_memory_bytes=384_000_000_000 // 8,
     clock_hertz=1.5e9,
     mxu_flops_per_cycle=4 * 128 * 128 * 2,
     tensor_cores=1,
@@ -147,6 +161,8 @@ V6E = Chip(
     hbm_bytes_per_second=1640e9,
     ici_link_bytes_per_second=100e9,
     dcn_bytes_per_second=25.6e12 / 256 / 8,
+    host_link_bytes_per_second=32e9,
+    host_memory_bytes=1_440_000_000_000 // 8,
     clock_hertz=1.75e9,
     mxu_flops_per_cycle=4 * 256 * 256 * 2,
     tensor_cores=1,
@@ -166,6 +182,8 @@ CPU = Chip(
     hbm_bytes_per_second=None,
     ici_link_bytes_per_second=None,
     dcn_bytes_per_second=None,
+    host_link_bytes_per_second=None,
+    host_memory_bytes=None,
     clock_hertz=None,
     mxu_flops_per_cycle=None,
     tensor_cores=1,

@@ -19,7 +19,7 @@ from tptrain.config.planning import plan_recipe
 from tptrain.config.recipe_file import load_recipe
 from tptrain.config.schema import Recipe
 from tptrain.errors import Problem, ProblemsError, TptrainError, nearest, raise_if_any, refuse
-from tptrain.estimate import estimate, memory_problems
+from tptrain.estimate import estimate, host_memory_problems, memory_problems
 from tptrain.report.plan_page import plan_json, plan_page
 
 USAGE = """\
@@ -113,7 +113,7 @@ def _plan_command(args: list[str]) -> int:
         print(json.dumps(plan_json(plan, found), indent=1))
     else:
         print(plan_page(plan, found), end="")
-    raise_if_any(memory_problems(plan, found))
+    raise_if_any([*memory_problems(plan, found), *host_memory_problems(plan, found.hosts)])
     return _OK
 
 

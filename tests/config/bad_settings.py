@@ -91,7 +91,8 @@ OVERRIDES = [
     ),
     BadInput(
         "not a choice",
-        "remat.policy", "ful", "must be one of its choices", "choices: none, dots, attention, full", "full",
+        "remat.policy", "ful", "must be one of its choices",
+        "choices: none, dots, attention, full, offload_attention, offload", "full",
         ("remat.policy=ful",), mended=("remat.policy=full",),
     ),
     BadInput(

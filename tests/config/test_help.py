@@ -66,7 +66,7 @@ def test_lines_fit_100_columns(page: str) -> None:
         ("data.seq_len", "whole number, at least 2"),
         ("schedule.epochs", "number or none, above 0"),
         ("optim.beta1", "number, at least 0, below 1"),
-        ("remat.policy", "one of none, dots, attention, full"),
+        ("remat.policy", "one of none, dots, attention, full, offload_attention, offload"),
         ("export.enabled", "true or false"),
         ("model.config", "fields or text"),
         ("data.subset", "text or none"),

@@ -7,14 +7,16 @@ import ast
 import pytest
 
 from tests.estimate.workloads import ROOT, llama3_plan, small_work
+from tptrain.config.remat import KEPT, LAYER_INPUT, OFFLOADED
+from tptrain.config.settings import settings
 from tptrain.estimate.activations import (
-    KEPT,
     LAYER,
     device_bytes,
     in_flight_bytes,
     kept_bytes,
     layer_activations,
     logits_bytes,
+    offloaded_bytes,
     shared_bytes,
     stream_bytes,
 )
@@ -75,11 +77,11 @@ def test_what_lives_beside_the_layers_by_hand() -> None:
         ("full", "plain", ()),
         ("attention", "plain", ("attended",)),
         ("attention", "splash", ("attended", "logsumexp")),
-        ("dots", "plain", ("query", "key", "value", "attended", "after_attention", "gate", "up")),
+        ("dots", "plain", ("query", "key", "value", "attended", "gate", "up")),
         (
             "dots",
             "splash",
-            ("query", "key", "value", "attended", "logsumexp", "after_attention", "gate", "up"),
+            ("query", "key", "value", "attended", "logsumexp", "gate", "up"),
         ),
         ("none", "plain", tuple(BY_HAND)),
         (
@@ -144,13 +146,27 @@ def test_marked_activations_are_those_of_the_decoder() -> None:
         assert ours[name] == marks[name], name
 
 
-def test_policies_keep_what_the_backend_keeps() -> None:
-    """KEPT of backends/xla/passes.py, evaluated without its imports; the names are those that it knows."""
-    tree = ast.parse((ROOT / "tptrain" / "backends" / "xla" / "passes.py").read_text())
-    constants = [node for node in tree.body if isinstance(node, ast.Assign)]
-    found: dict[str, dict[str, frozenset[str]]] = {}
-    exec(compile(ast.Module(constants, []), "passes.py", "exec"), {}, found)  # sets of names alone
-    known = frozenset[str]().union(*found["KEPT"].values())
-    assert known <= {each.name for each in LAYER}
-    for policy, kept in found["KEPT"].items():
-        assert KEPT[policy] & known == kept, policy
+def test_policies_name_activations_of_a_layer() -> None:
+    names = {each.name for each in LAYER}
+    assert frozenset[str]().union(*KEPT.values()) == names
+    assert set(OFFLOADED) < set(KEPT) == set(settings()["remat.policy"].choices)
+    for policy, away in OFFLOADED.items():
+        assert away == KEPT[policy] | {LAYER_INPUT}
+
+
+@pytest.mark.parametrize(
+    ("remat", "attention", "away"),
+    [
+        ("offload", "splash", ()),
+        ("offload_attention", "plain", ("attended",)),
+        ("offload_attention", "splash", ("attended", "logsumexp")),
+    ],
+)
+def test_what_is_offloaded_leaves_the_device(remat: str, attention: str, away: tuple[str, ...]) -> None:
+    sizes = BY_HAND if attention == "plain" else BY_HAND_SPLASH
+    work = small_work(remat=remat, attention=attention, offloaded=OFFLOADED[remat])
+    assert kept_bytes(work) == 0
+    assert offloaded_bytes(work) == 3 * (STREAM + sum(sizes[name] for name in away))
+    here = small_work(remat=remat, attention=attention)
+    assert (kept_bytes(here), offloaded_bytes(here)) == (offloaded_bytes(work), 0)
+    assert in_flight_bytes(work, 6.0) == in_flight_bytes(here, 6.0)

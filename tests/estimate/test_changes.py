@@ -22,6 +22,12 @@ CASES = {
     # 8B on 8 chips of 16 GiB: half of the moments are enough for one row a chip, none of them for eight.
     "moments": (("v5e-8", 2048, 8), {"optim.moments_dtype"}),
     "optimizer": (("v5e-8", 2048, 64), {"optim.name", "optim.accumulation"}),
+    # One row on each chip, whose layer inputs take half of its memory.
+    "offload": (("v6e-16", 65536, 16, "kernels.attention=splash", *LONG), {"remat.policy"}),
+    "offload already": (
+        ("v6e-16", 8192, 256, "kernels.attention=splash", "remat.policy=offload"),
+        {"optim.accumulation"},
+    ),
     "replicas": (("v6e-16", 1024, 16, "mesh.data=8", "mesh.fsdp=2"), {"mesh.data", "mesh.fsdp"}),
     "more chips": (("v5e-4", 512, 64), {"topology"}),
     "more chips than rows": (("v5e-4", 512, 4), {"topology", "data.batch_rows"}),

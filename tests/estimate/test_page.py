@@ -103,7 +103,7 @@ def test_plan_prints_everything_and_exits_with_2(capsys: pytest.CaptureFixture[s
         assert told.err.startswith(
             "tptrain: 1 problem:\n  - topology=v5e-4: needs more memory than a chip has"
         )
-        assert told.err.endswith("use topology=v5e-16\n")
+        assert "; use topology=v5e-16, or model.trainable=model.layers.*.self_attn.*\n" in told.err
 
 
 def test_seconds_text() -> None:

@@ -36,8 +36,9 @@ def test_frozen_matrices_have_no_gradient_of_their_own() -> None:
         ("full", "plain", 3 * (2 * 96 * 96 + 2 * 48 * 96 + 2 * 176 * 96), 1),
         ("attention", "plain", 3 * (2 * 96 * 96 + 2 * 48 * 96 + 2 * 176 * 96), 0.5),
         ("attention", "splash", 3 * (2 * 96 * 96 + 2 * 48 * 96 + 2 * 176 * 96), 0),
-        ("dots", "plain", 0, 0.5),
-        ("dots", "splash", 0, 0),
+        # The output projection of attention.
+        ("dots", "plain", 3 * 96 * 96, 0.5),
+        ("dots", "splash", 3 * 96 * 96, 0),
         ("none", "plain", 0, 0),
     ],
 )
@@ -77,6 +78,29 @@ def test_seconds_by_hand() -> None:
     )
     assert line.tokens_per_second_per_chip == pytest.approx(2 * 2048 / line.fastest_seconds)
     assert line.mfu == line.flops.model / (16 * 459e12) / line.fastest_seconds < 1
+
+
+@pytest.mark.parametrize(("topology", "speed"), [("v6e-16", 32e9), ("v5p-32", 15e9)])
+def test_offloaded_activations_go_out_and_come_back_over_the_host_link(topology: str, speed: float) -> None:
+    """Two micro-batches, each with the inputs of 32 layers, [3, 8192, 4096] in bfloat16."""
+    given = ("kernels.attention=splash", "optim.accumulation=2")
+    here = estimate(llama3_plan(topology, 8192, 96, *given)).roofline
+    away = estimate(llama3_plan(topology, 8192, 96, *given, "remat.policy=offload")).roofline
+    assert here is not None and away is not None
+    assert (here.host_seconds, here.flops) == (0.0, away.flops)
+    assert away.host_seconds == 2 * (2 * 32 * 3 * 8192 * 4096 * 2) / speed
+    assert away.fastest_seconds == here.fastest_seconds, "compute is longer, and runs beside"
+    assert away.slowest_seconds == pytest.approx(here.slowest_seconds + away.host_seconds)
+
+
+def test_a_host_link_that_limits_is_told() -> None:
+    """So few heads and so small an MLP that a layer computes for less than its input is on its way."""
+    small = ("model.config.intermediate_size=512", "model.config.head_dim=8", "kernels.attention=plain")
+    found = estimate(llama3_plan("v5p-32", 1024, 32, *small, "remat.policy=offload"))
+    line = found.roofline
+    assert line is not None and line.host_seconds is not None
+    assert line.fastest_seconds == line.host_seconds + line.update_seconds
+    assert any("the host link is the limit" in notice for notice in found.notices)
 
 
 def test_no_bound_is_above_the_compiled_estimate() -> None:

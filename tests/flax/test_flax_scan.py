@@ -127,3 +127,6 @@ def test_what_the_step_would_leave_out_is_refused() -> None:
     plan = small.small_plan(1, 2, topology="cpu-2")
     with pytest.raises(ProblemsError, match="must divide the vocabulary"):
         FlaxStep(plan, jax_mesh(plan.mesh))
+    plan = small.small_plan(2, topology="cpu-2", remat="offload")
+    with pytest.raises(ProblemsError, match=r"remat.policy=offload: offloads, which the Flax step does not"):
+        FlaxStep(plan, jax_mesh(plan.mesh))

@@ -80,6 +80,14 @@ def test_a_kernel_without_flops_is_told() -> None:
     assert cost(text).notices == ("the kernel my_kernel states no FLOPs and counts as none",)
 
 
+def test_host_memory_without_known_copies_is_told() -> None:
+    call = '  %stack = bf16[4,8]{1,0:T(8,128)(2,1)S(5)} custom-call(), custom_call_target="AllocateBuffer"\n'
+    found = cost(STEP.replace("  %slice-done = ", call + "  %slice-done = "))
+    notice = "copies to and from the host's memory are in no known form and count as none"
+    assert found.notices == (notice,)
+    assert found.score_seconds == cost().score_seconds
+
+
 def branch(name: str, cycles: int) -> str:
     return (
         f"%{name} (p.{name}: f32[8]) -> f32[8] {{\n  %p.{name} = f32[8] parameter(0)\n"

@@ -100,18 +100,26 @@ def kernels(program: str) -> list[str]:
     return sorted(re.search(r"splash_mha_(fwd|dkv|dq)_", line)[1] for line in calls)  # type: ignore[index]
 
 
-@pytest.mark.parametrize("remat", POLICIES)
-def test_the_forward_kernel_runs_again_only_under_full_remat(remat: str) -> None:
+@pytest.mark.parametrize("remat", [*POLICIES, "offload", "offload_attention"])
+def test_the_forward_kernel_runs_again_only_where_its_results_are_not_kept(remat: str) -> None:
     """A scan's body is in the program once, whatever the number of layers."""
-    forward = 2 if remat == "full" else 1
+    forward = 2 if remat in ("full", "offload") else 1
     assert kernels(tpu_program(remat)) == ["dkv", "dq", *["fwd"] * forward]
+
+
+@pytest.mark.parametrize(("remat", "stacks"), [("attention", 0), ("offload", 1), ("offload_attention", 3)])
+def test_what_is_offloaded_is_moved_to_the_host_and_back(remat: str, stacks: int) -> None:
+    """The layers' inputs, and for one policy the attended values and their logsumexp."""
+    program = tpu_program(remat)
+    for target in ("MoveToHost", "MoveToDevice"):
+        assert program.count(f'custom_call_target="{target}"') == stacks
 
 
 def test_policies_differ_in_the_products_they_compute_again() -> None:
     """Beside attention a layer has 7 matrix products, the head 1, and gradients take two for each of them.
     The backward call adds one (the sum of values times their gradients)."""
     again = {policy: tpu_program(policy).count(" dot(") - (3 * (7 + 1) + 1) for policy in POLICIES}
-    assert again == {"full": 6, "attention": 6, "dots": 0, "none": 0}
+    assert again == {"full": 6, "attention": 6, "dots": 1, "none": 0}
 
 
 def test_no_score_and_no_mask_is_in_the_program() -> None:

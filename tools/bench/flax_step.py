@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from tptrain.backends.base import Buffer, Layout
 from tptrain.config.plan import Plan
+from tptrain.config.remat import OFFLOADED
 from tptrain.config.state_parts import PARAMS
 from tptrain.errors import refuse
 from tptrain.jaxside.flax_loss import LossChunks
@@ -105,6 +106,9 @@ def _require_same(plan: Plan) -> None:
     optim, vocab = plan.recipe.optim, plan.facts.vocab_size
     if optim.accumulation != 1:
         raise refuse("optim.accumulation", optim.accumulation, "is not known to the Flax step", "one", "1")
+    if plan.recipe.remat.policy in OFFLOADED:
+        rule, other = "offloads, which the Flax step does not", "policies that keep all on the device"
+        raise refuse("remat.policy", plan.recipe.remat.policy, rule, other, "full or attention")
     if plan.padded_vocab != vocab:
         rule, other = "must divide the vocabulary for the Flax step", f"vocab_size={vocab}"
         raise refuse("mesh.tensor", plan.mesh.axis_sizes["tensor"], rule, other, "1")

@@ -149,6 +149,7 @@ def measured(program: CompiledProgram) -> dict[str, Any]:
         "temporaries_gib": memory.temporary_bytes / GIB,
         "arguments_gib": memory.argument_bytes / GIB,
         "aliased_gib": memory.aliased_bytes / GIB,
+        "host_gib": memory.host_bytes / GIB,
         "estimated_seconds": cost.estimated_seconds,
         "kernel_seconds": cost.kernel_seconds,
         "score_seconds": score,

@@ -10,6 +10,7 @@ from typing import Any
 from tptrain.config.compiler_flags import chosen_flags
 from tptrain.config.kernels import SplashBlocks
 from tptrain.config.loss_chunks import chunk_tokens
+from tptrain.config.remat import offloaded
 from tptrain.config.schema import Recipe
 from tptrain.config.state_parts import StatePart, state_parts
 from tptrain.family import ModelFacts, ParamRow
@@ -65,6 +66,11 @@ class Plan:
     def device_rows(self) -> int:
         """Rows of a micro-batch on each device."""
         return self.micro_rows // self.batch_shards
+
+    @property
+    def offloaded(self) -> frozenset[str]:
+        """The activations that wait in the host's memory for the backward pass."""
+        return offloaded(self.recipe.remat.policy, self.topology)
 
     @property
     def padded_vocab(self) -> int:

@@ -21,6 +21,7 @@ from tptrain.config.mesh_checks import (
 from tptrain.config.model_config import ChosenConfig, ConfigsAtHand, choose_config
 from tptrain.config.plan import Plan
 from tptrain.config.recipe_checks import facts_problems, idle_notices, recipe_problems
+from tptrain.config.remat import offload_notices
 from tptrain.config.schema import Recipe
 from tptrain.config.trainable import trainable_problems, with_frozen
 from tptrain.errors import Problem, raise_if_any
@@ -118,7 +119,12 @@ def finish(parts: Parts) -> Plan:
         micro_rows=recipe.data.batch_rows // recipe.optim.accumulation,
         output_dir=recipe.run_folder,
         export_dir=_export_dir(recipe),
-        notices=(*model.notices, *attention.notices, *idle_notices(recipe, topology)),
+        notices=(
+            *model.notices,
+            *attention.notices,
+            *offload_notices(recipe, topology),
+            *idle_notices(recipe, topology),
+        ),
     )
     chunk = chunk_notices(recipe, plan.loss_chunk_tokens, plan.logits_token_bytes)
     return replace(plan, notices=(*plan.notices, *chunk))

@@ -150,9 +150,11 @@ class PrecisionSection:
 class RematSection:
     """What the backward pass computes again instead of keeping."""
 
-    policy: Literal["none", "dots", "attention", "full"] = "none"
-    """full: keep each layer's input only; attention: what attention gave as well; dots: the results of all
-    matrix products, scores excepted; none: everything (attention and dots: backend=xla only)."""
+    policy: Literal["none", "dots", "attention", "full", "offload_attention", "offload"] = "none"
+    """full: keep each layer's input only; attention: what attention gave as well; dots: the results of
+    matrix products, but for scores and the output projection of attention; none: everything. offload and
+    offload_attention: as full and attention, but what is kept waits in the memory of the TPUs' host.
+    backend=torch: none and full only."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)

@@ -22,7 +22,7 @@ from tptrain.dryrun.options import split_options
 from tptrain.dryrun.trace_lines import trace_json, trace_lines
 from tptrain.dryrun.tracing import Traced, trace_in_child
 from tptrain.errors import Problem, raise_if_any, unknown_name
-from tptrain.estimate import estimate, memory_problems
+from tptrain.estimate import estimate, host_memory_problems, memory_problems
 from tptrain.estimate.changes import first_change_that_fits, fitted_to_compiled, proposal
 from tptrain.program.compiled import CompiledProgram
 from tptrain.report.plan_page import plan_json, plan_page
@@ -88,9 +88,10 @@ def dry_run(plan: Plan, options: DryRunOptions) -> list[Problem]:
     result = DryRun(plan, traced, program)
     if options.as_json:
         print(json.dumps(_as_json(result, plan_json(plan, found)), indent=1))
-    # What the compiler has seen stands above what was estimated.
+    # What the compiler has seen stands above what was estimated; of a host's memory it knows nothing.
     judged = program is not None and program.outcome in ("compiled", "out_of_memory")
     memory = [] if judged else memory_problems(plan, found)
+    memory += host_memory_problems(plan, found.hosts)
     return [*memory, *trace_problems(traced), *_compile_problems(plan, program)]
 
 

@@ -186,5 +186,6 @@ def _none_fits(topology: Topology, page: SearchPage, survey: Survey) -> Problems
     if problems:
         layout = " ".join(f"{path}={value}" for path, value in smallest.changes.items())
         fix = f"{problems[0].fix} (with {layout})"
-    tried = f"{len(page.rows)} failed, {page.too_large} are larger than a chip's memory by the estimate"
+    too_large = f"{page.too_large} are larger than a chip's or a host's memory by the estimate"
+    tried = f"{len(page.rows)} failed, {too_large}"
     return refuse("topology", topology.name, "must have a layout that can run", tried, fix)

@@ -7,5 +7,6 @@ files, `collectives`, `network` and `roofline` give traffic and time, `changes` 
 
 from tptrain.estimate.changes import memory_problems
 from tptrain.estimate.estimate import Estimate, estimate
+from tptrain.estimate.hosts import host_memory_problems
 
-__all__ = ["Estimate", "estimate", "memory_problems"]
+__all__ = ["Estimate", "estimate", "host_memory_problems", "memory_problems"]

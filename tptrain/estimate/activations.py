@@ -1,4 +1,4 @@
-"""The activations of a decoder layer by name and dims, and which of them each remat policy keeps.
+"""The activations of a decoder layer by name and dims, and the bytes of those that a remat policy keeps.
 
 Shapes: B batch, T tokens, S keys, D model, N heads, K kv heads, G = N / K, H head dim, F mlp.
 """
@@ -6,8 +6,10 @@ Shapes: B batch, T tokens, S keys, D model, N heads, K kv heads, G = N / K, H he
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from tptrain.config.remat import KEPT, LAYER_INPUT
 from tptrain.estimate.workload import Workload
 from tptrain.family.table import DTYPE_BYTES
 from tptrain.mesh.rules import split_count
@@ -51,17 +53,6 @@ LAYER = (
     Activation("up", _MLP, "mlp"),
     Activation("mlp_hidden", _MLP, "mlp"),
 )
-
-_ATTENTION = frozenset({"attended", "logsumexp"})
-_PRODUCTS = _ATTENTION | {"query", "key", "value", "after_attention", "gate", "up"}
-# Remat policy -> what the backward pass finds ready, beside each layer's input. The softmax of the plain core
-# is made of its scores again under every policy.
-KEPT: dict[str, frozenset[str]] = {
-    "full": frozenset(),
-    "attention": _ATTENTION,
-    "dots": _PRODUCTS,
-    "none": _PRODUCTS | {"scores", "attention_input", "mlp_input", "mlp_hidden"},
-}
 
 
 def layer_activations(work: Workload) -> list[Activation]:
@@ -129,11 +120,22 @@ def shared_bytes(work: Workload) -> int:
 
 
 def kept_bytes(work: Workload) -> int:
-    """Bytes that all layers keep for the backward pass: each turn's input, and what the policy names."""
+    """Bytes that all layers keep on a device for the backward pass."""
+    return sum(size for name, size in _kept(work) if name not in work.offloaded)
+
+
+def offloaded_bytes(work: Workload) -> int:
+    """Bytes that all layers keep in the host's memory for one device."""
+    return sum(size for name, size in _kept(work) if name in work.offloaded)
+
+
+def _kept(work: Workload) -> Iterator[tuple[str, int]]:
+    """Names and bytes over all layers: each turn's input, and what the policy names."""
     layers = work.facts.num_hidden_layers
-    inputs = layers // work.period * stream_bytes(work)
-    named = [device_bytes(a, work) for a in layer_activations(work) if a.name in KEPT[work.remat]]
-    return inputs + layers * sum(named)
+    yield LAYER_INPUT, layers // work.period * stream_bytes(work)
+    for activation in layer_activations(work):
+        if activation.name in KEPT[work.remat]:
+            yield activation.name, layers * device_bytes(activation, work)
 
 
 def in_flight_bytes(work: Workload, bytes_per_score: float) -> int:

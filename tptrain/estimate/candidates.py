@@ -14,11 +14,13 @@ from itertools import product
 from tptrain.config.overrides import apply_overrides
 from tptrain.config.plan import Plan
 from tptrain.config.planning import plan_recipe
+from tptrain.config.remat import OFFLOADED
 from tptrain.config.schema import Recipe
 from tptrain.config.settings import settings, shown, value_of
 from tptrain.errors import Problem, ProblemsError
 from tptrain.estimate.changes import Change
 from tptrain.estimate.estimate import Estimate, estimate
+from tptrain.estimate.hosts import host_memory_problems
 from tptrain.estimate.roofline import step_tokens
 from tptrain.topology import Topology
 
@@ -49,7 +51,7 @@ class Candidate:
 
     @property
     def is_worth_compiling(self) -> bool:
-        return self.found.verdict != "does not fit"
+        return self.found.verdict != "does not fit" and not host_memory_problems(self.plan, self.found.hosts)
 
     @property
     def order(self) -> tuple[float, int]:
@@ -102,13 +104,20 @@ def layouts(
 ) -> Iterator[Change]:
     """Every layout of a recipe on a slice; whether it can be planned is not asked.
 
+    Policies that offload are left out where they would offload nothing, unless the recipe's is held.
+
     held: settings that keep the recipe's value (a mesh size of -1 is not kept). row_multiples: the rows of a
     step, as multiples of the recipe's.
     """
     now = {path: shown(value_of(recipe, settings()[path])) for path in SEARCHED}
     kept = {path: now[path] for path in held if path in SEARCHED and path != _ROWS and now[path] != _FILL}
     meshes = _meshes(topology.devices_per_slice)
-    for mesh, policy, multiple in product(meshes, settings()[_REMAT].choices, row_multiples):
+    policies = [
+        policy
+        for policy in settings()[_REMAT].choices
+        if policy not in OFFLOADED or topology.chip.platform == "tpu" or _REMAT in kept
+    ]
+    for mesh, policy, multiple in product(meshes, policies, row_multiples):
         rows = multiple * recipe.data.batch_rows
         for count in _divisors(rows):
             sizes = dict(zip(_MESH, map(str, mesh), strict=True))

@@ -1,8 +1,9 @@
 """The first change of a recipe with which its step would fit a chip's memory.
 
 Candidates are tried from the one that costs least: compute activations again, take smaller micro-batches,
-train on fewer rows, split parameters over more chips, take chips with more memory, train on shorter rows.
-Each is planned like any recipe, so that what is proposed passes every other check, too.
+keep activations in the host's memory, train on fewer rows, split parameters over more chips, take chips with
+more memory, train on shorter rows. Each is planned like any recipe, so that what is proposed passes every
+other check, too.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from dataclasses import replace
 from tptrain.chips import CHIPS
 from tptrain.config.overrides import apply_overrides
 from tptrain.config.plan import Plan
+from tptrain.config.remat import OFFLOADED
 from tptrain.config.resolve import resolve
 from tptrain.config.settings import settings, shown, value_of
 from tptrain.errors import Problem, ProblemsError
 from tptrain.estimate.estimate import Estimate
+from tptrain.estimate.hosts import host_memory_problems, host_needs
 from tptrain.estimate.memory import FITTED, Fitted, memory, verdict
 from tptrain.estimate.text import bytes_text
 from tptrain.estimate.workload import workload_of
@@ -72,16 +75,22 @@ def first_change_that_fits(
     """The first candidate whose estimate fits with its margin; None when none does."""
     for change in _candidates(plan) if candidates is None else candidates:
         changed = plan_with(plan, change)
-        if changed is not None:
-            total = memory(workload_of(changed), fitted).total_bytes
-            if verdict(total, changed.topology.chip.hbm_bytes) == "fits":
-                return change
+        if changed is not None and _fits(changed, fitted):
+            return change
     return None
 
 
 def change_text(change: Change) -> str:
     """A change as overrides to paste."""
     return " ".join(f"{path}={value}" for path, value in change.items())
+
+
+def _fits(plan: Plan, fitted: Fitted) -> bool:
+    work = workload_of(plan)
+    total = memory(work, fitted).total_bytes
+    return verdict(total, plan.topology.chip.hbm_bytes) == "fits" and not host_memory_problems(
+        plan, host_needs(plan, work)
+    )
 
 
 def plan_with(plan: Plan, change: Change) -> Plan | None:
@@ -102,12 +111,13 @@ def _current(plan: Plan, path: str) -> str:
 def _candidates(plan: Plan) -> Iterator[Change]:
     """Changes in the order in which they are tried; only settings that change are named."""
     recipe, rows = plan.recipe, plan.recipe.data.batch_rows
-    full = _full_remat(plan)
-    remats = [{}, full] if full else [{}]
+    full = _least_kept(plan)
     if full:
         yield full
-    for remat in remats:
+    for remat in [{}, full] if full else [{}]:
         yield from (change for change in _in_micro_batches(plan, remat) if change != remat)
+    for offload in _offloading(plan):
+        yield from _in_micro_batches(plan, offload)
     for fewer in _fewer_rows(rows, plan.batch_shards):
         yield {**full, **_accumulation(plan, 1), "data.batch_rows": str(fewer)}
     for lighter in _lighter_optimizer(plan):
@@ -122,6 +132,19 @@ def _candidates(plan: Plan) -> Iterator[Change]:
         yield {**full, **_accumulation(plan, rows // plan.batch_shards), "data.seq_len": str(tokens)}
 
 
+def _least_kept(plan: Plan) -> Change:
+    """The policy that keeps least, in the same memory as the recipe's; {} where the recipe's does."""
+    now = plan.recipe.remat.policy
+    least = "offload" if now in OFFLOADED else "full"
+    return {} if now == least else {"remat.policy": least}
+
+
+def _offloading(plan: Plan) -> Iterator[Change]:
+    """Activations to the host, where TPUs have one, the XLA backend can, and the recipe does not yet."""
+    if plan.recipe.backend == "xla" and plan.topology.chip.platform == "tpu" and not plan.offloaded:
+        yield {"remat.policy": "offload"}
+
+
 def _lighter_optimizer(plan: Plan) -> Iterator[Change]:
     """Moments of half the size, then hardly any."""
     optim = plan.recipe.optim
@@ -134,7 +157,7 @@ def _lighter_optimizer(plan: Plan) -> Iterator[Change]:
 def _fewer_weights(plan: Plan) -> Iterator[Change]:
     """Training the attention of all layers alone, with each optimizer, in as few micro-batches as may be."""
     recipe = plan.recipe
-    base = {**_full_remat(plan), "model.trainable": _ATTENTION_WEIGHTS}
+    base = {**_least_kept(plan), "model.trainable": _ATTENTION_WEIGHTS}
     if recipe.model.trainable != (_ATTENTION_WEIGHTS,):
         for optimizer in ({}, *_lighter_optimizer(plan)):
             yield from _in_micro_batches(plan, {**base, **optimizer})
@@ -146,10 +169,6 @@ def _in_micro_batches(plan: Plan, change: Change) -> Iterator[Change]:
     yield change
     for count in _accumulations(recipe.data.batch_rows, plan.batch_shards, recipe.optim.accumulation):
         yield {**change, "optim.accumulation": str(count)}
-
-
-def _full_remat(plan: Plan) -> Change:
-    return {} if plan.recipe.remat.policy == "full" else {"remat.policy": "full"}
 
 
 def _slices_with_more_memory(topology: Topology) -> Iterator[Topology]:

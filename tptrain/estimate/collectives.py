@@ -19,7 +19,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from tptrain.estimate.activations import KEPT, stream_bytes
+from tptrain.config.remat import KEPT
+from tptrain.estimate.activations import stream_bytes
 from tptrain.estimate.workload import Workload
 from tptrain.family import ParamRow
 from tptrain.mesh import AXES, MeshShape

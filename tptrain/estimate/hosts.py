@@ -1,4 +1,4 @@
-"""Memory that a host needs to load, save and export a model, and the room that files take on disk.
+"""Memory that a host needs to load, train, save and export a model, and the room that files take on disk.
 
 What the running process itself takes, a few GB of libraries, comes on top.
 """
@@ -12,6 +12,9 @@ from itertools import pairwise
 
 from tptrain.config.kept_steps import most_kept
 from tptrain.config.plan import Plan
+from tptrain.errors import Problem
+from tptrain.estimate.activations import offloaded_bytes
+from tptrain.estimate.text import bytes_text
 from tptrain.estimate.workload import Workload, workload_of
 from tptrain.family import ParamRow
 from tptrain.family.table import DTYPE_BYTES
@@ -28,8 +31,10 @@ _LAYER = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
 
 @dataclass(frozen=True)
 class HostNeeds:
-    """Bytes of a host's memory while it loads, saves and exports, and of files.
+    """Bytes of a host's memory while it loads, trains, saves and exports, and of files.
 
+    memory:     what its machine type has; None for virtual devices, which run on any host.
+    offload:    activations that wait for the backward pass.
     load:       two buffers' pieces: one on its way to the chips, the next one being read.
     save:       the host's share of the state, copied, and what is in flight beside it.
     export:     of the host that writes the model folder; None without an export.
@@ -37,6 +42,8 @@ class HostNeeds:
     exported:   the model folder's weights on disk; None without an export.
     """
 
+    memory_bytes: int | None
+    offload_bytes: int
     load_bytes: int
     save_bytes: int
     export_bytes: int | None
@@ -52,14 +59,32 @@ def host_needs(plan: Plan, work: Workload | None = None) -> HostNeeds:
     state = sum(row.num_elements * DTYPE_BYTES[row.storage_dtype] for row in kept)
     export = plan.recipe.export
     exported = sum(row.num_elements for row in work.table) * DTYPE_BYTES[export.dtype]
+    devices, share = plan.topology.devices_per_host, plan.topology.chip.host_memory_bytes
     return HostNeeds(
-        load_bytes=_load_bytes(work, plan.topology.devices_per_host),
+        memory_bytes=None if share is None else devices * share,
+        offload_bytes=devices * offloaded_bytes(work),
+        load_bytes=_load_bytes(work, devices),
         save_bytes=round(_SAVE_FACTOR * state / plan.topology.num_hosts),
         export_bytes=_EXPORT_BYTES if export.enabled else None,
         checkpoint_bytes=state,
         checkpoints=most_kept(plan) + 1,
         exported_bytes=exported if export.enabled else None,
     )
+
+
+def host_memory_problems(plan: Plan, needs: HostNeeds) -> list[Problem]:
+    """The problem of activations that a host cannot hold beside its copy of the state."""
+    needed = needs.offload_bytes + needs.save_bytes
+    if not needs.offload_bytes or needs.memory_bytes is None or needed <= needs.memory_bytes:
+        return []
+    rule = "needs more memory than a host has"
+    offloaded, saved = bytes_text(needs.offload_bytes), bytes_text(needs.save_bytes)
+    other = (
+        f"{offloaded} of activations and {saved} for saves, of the {bytes_text(needs.memory_bytes)} of a"
+        f" {plan.topology.chip.name} host with {plan.topology.devices_per_host} chips"
+    )
+    fix = "remat.policy=full, a larger optim.accumulation, or more chips"
+    return [Problem("remat.policy", plan.recipe.remat.policy, rule, other, fix)]
 
 
 def _load_bytes(work: Workload, devices_per_host: int) -> int:

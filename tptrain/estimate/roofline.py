@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tptrain.estimate.activations import KEPT
+from tptrain.config.remat import KEPT
+from tptrain.estimate.activations import offloaded_bytes
 from tptrain.estimate.collectives import Collective
 from tptrain.estimate.memory import memory
 from tptrain.estimate.network import AxisLinks
@@ -50,6 +51,7 @@ class Roofline:
 
     compute:  all FLOPs at the peak of bfloat16. update: reading and writing the state in HBM.
     ici:      along the busiest mesh axis. dcn: everything between slices; 0 for one slice.
+    host:     offloaded activations, to the host's memory and back; None where its link has no number.
     fastest:  when what can go on at the same time does; slowest: when nothing does.
     mfu:      model FLOPs at peak over `fastest`: an upper bound.
     """
@@ -60,6 +62,7 @@ class Roofline:
     ici_seconds: float
     busiest_axis: str | None
     dcn_seconds: float
+    host_seconds: float | None
     fastest_seconds: float
     slowest_seconds: float
     tokens_per_second_per_chip: float
@@ -139,7 +142,7 @@ def roofline(
 ) -> Roofline | None:
     """The roofline of a step; None for a chip without published numbers.
 
-    Between slices a chip without a published number counts as infinitely fast: the bound stays a bound.
+    A link without a published number counts as infinitely fast: the bound stays a bound.
     """
     chip = topology.chip
     if not chip.peak_bf16_flops_per_second or not chip.hbm_bytes_per_second:
@@ -151,7 +154,8 @@ def roofline(
     ici, dcn = _network_seconds(links, topology, moved)
     busiest = max(ici, key=lambda axis: ici[axis], default=None)
     ici_seconds = max(ici.values(), default=0.0)
-    fastest = max(compute, ici_seconds, dcn) + update
+    host = _host_seconds(work, topology)
+    fastest = max(compute, ici_seconds, dcn, host or 0.0) + update
     return Roofline(
         flops=flops,
         compute_seconds=compute,
@@ -159,8 +163,9 @@ def roofline(
         ici_seconds=ici_seconds,
         busiest_axis=busiest,
         dcn_seconds=dcn,
+        host_seconds=host,
         fastest_seconds=fastest,
-        slowest_seconds=compute + sum(ici.values()) + dcn + update,
+        slowest_seconds=compute + sum(ici.values()) + dcn + (host or 0.0) + update,
         tokens_per_second_per_chip=step_tokens(work) / work.num_devices / fastest,
         mfu=flops.model / peak / fastest,
     )
@@ -179,6 +184,13 @@ def _network_seconds(
         else:
             ici[each.axis] = ici.get(each.axis, 0.0) + seconds
     return ici, dcn
+
+
+def _host_seconds(work: Workload, topology: Topology) -> float | None:
+    """Out in the forward pass and back in the backward pass of each micro-batch, at the speed of one way."""
+    moved = 2 * offloaded_bytes(work) * work.micro_batches
+    speed = topology.chip.host_link_bytes_per_second
+    return 0.0 if not moved else moved / speed if speed else None
 
 
 def _update_bytes(work: Workload) -> int:

@@ -36,6 +36,12 @@ def sanity_notices(
             f"Between slices a step moves data for {seconds_text(fastest.dcn_seconds)} and computes for"
             f" {seconds_text(compute)}: DCN is the limit. {_dcn_way_out(plan, rows, fastest)}"
         )
+    if fastest.host_seconds is not None and fastest.host_seconds > compute:
+        yield (
+            f"To the host's memory and back a step moves data for {seconds_text(fastest.host_seconds)} and"
+            f" computes for {seconds_text(compute)}: the host link is the limit. remat.policy=full or"
+            " attention does without it."
+        )
     if fastest.ici_seconds > compute:
         yield (
             f"Within a slice a step moves data for {seconds_text(fastest.ici_seconds)} along mesh."

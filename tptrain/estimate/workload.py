@@ -43,7 +43,7 @@ class Workload:
     rows, tokens:      of one micro-batch: rows over all devices, and tokens of each.
     micro_batches:     of a step.
     compute:           format of activations and of weights inside the step.
-    remat:             name of the remat policy.
+    remat:             name of the remat policy. offloaded: what of it waits in the host's memory.
     attention:         "plain" keeps the scores of every pair of tokens in memory, "splash" never does.
     query_gradient_parts: how many copies of the queries' gradient a fused backward kernel writes; 0: no such.
     loss_chunk_tokens: tokens of every row whose logits exist at a time, the gradients being made along with
@@ -61,6 +61,7 @@ class Workload:
     micro_batches: int = 1
     compute: str = "bfloat16"
     remat: str = "full"
+    offloaded: frozenset[str] = frozenset()
     attention: Attention = "plain"
     query_gradient_parts: int = 0
     loss_chunk_tokens: int | None = None
@@ -152,6 +153,7 @@ def workload_of(plan: Plan) -> Workload:
         micro_batches=recipe.optim.accumulation,
         compute=recipe.precision.compute,
         remat=recipe.remat.policy,
+        offloaded=plan.offloaded,
         attention="splash" if plan.splash else "plain",
         query_gradient_parts=_query_gradient_parts(plan),
         loss_chunk_tokens=plan.loss_chunk_tokens,

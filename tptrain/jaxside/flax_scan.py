@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tptrain.estimate.activations import KEPT
+from tptrain.config.remat import KEPT
 from tptrain.family import ModelFacts, parameter_table, stored_rows
 from tptrain.jaxside.flax_decoder import check_params
 from tptrain.jaxside.flax_layers import (
@@ -45,7 +45,8 @@ def _as_it_is(name: str, array: jax.Array) -> jax.Array:
 class Passes:
     """What is done to a decoder from outside; the defaults do nothing.
 
-    remat:     a policy of `remat.policy`: what the backward pass finds ready of each layer.
+    remat:     a policy of `remat.policy`: what the backward pass finds ready of each layer; in the device's
+               memory, also under policies that offload.
     mark:      acts on activations by name and dims. Under other policies than full it must name what is to
                be kept, with `checkpoint_name`.
     hold:      (name of a stack, the array of one layer) -> the array, its sharding stated; the gradient's is

@@ -2,8 +2,9 @@
 
     score = estimated cycles / clock + kernel FLOPs at half of the peak + communication that is waited for
 
-libtpu estimates each instruction's cycles but no Pallas kernel's and no collective's; hence the other two
-parts. An estimate, good for ranking programs under one libtpu and one set of flags.
+libtpu estimates each instruction's cycles but no Pallas kernel's, no collective's and no copy's between the
+memories of chip and host; hence the other two parts. An estimate, good for ranking programs under one libtpu
+and one set of flags.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from tptrain.program.collectives import Network, Transfer, transfers
 from tptrain.program.device_groups import MeshPlaces
 from tptrain.program.flops import PALLAS_TARGET, custom_call_flops, matmul_flops
 from tptrain.program.hlo_text import Computation, Instruction, Module
+from tptrain.program.host_copies import host_copies, uses_host_memory
 from tptrain.program.walk import Visit, Walk, fused_instructions
 from tptrain.topology import Topology
 
@@ -29,9 +31,9 @@ KERNEL_SHARE_OF_PEAK = 0.5
 
 @dataclass(frozen=True)
 class CollectiveUse:
-    """Collectives of one kind over one axis, over a whole step.
+    """Collectives of one kind over one axis, over a whole step; or copies to or from the host's memory.
 
-    num_bytes:       what one chip sends.
+    num_bytes:       what one chip sends, or receives from its host.
     seconds:         that at link speed; None where the network's speed has no source.
     exposed_seconds: the part that no compute runs beside.
     """
@@ -200,7 +202,10 @@ class _Analysis:
         return seconds
 
     def _collectives(self, visit: Visit) -> Iterator[CollectiveUse]:
-        found = transfers(self.module, visit.computation, self.mesh)
+        found = [
+            *transfers(self.module, visit.computation, self.mesh),
+            *host_copies(self.module, visit.computation, self.mesh.topology.chip),
+        ]
         hidden = hidden_seconds(found, self._seconds(visit)) if found else []
         for transfer, beside in zip(found, hidden, strict=True):
             seconds = None if transfer.seconds is None else visit.times * transfer.seconds
@@ -222,7 +227,10 @@ class _Analysis:
         for kernel in kernels:
             if kernel.flops is None:
                 self.notices.append(f"the kernel {kernel.name} states no FLOPs and counts as none")
-        if any(use.seconds is None for use in collectives):
+        copied = any(use.network == "PCIe" for use in collectives)
+        if not copied and uses_host_memory([visit.computation for visit in self.walk.visits()]):
+            self.notices.append("copies to and from the host's memory are in no known form and count as none")
+        if any(use.seconds is None for use in collectives if use.network == "DCN"):
             chip = self.mesh.topology.chip.name
             self.notices.append(
                 f"the speed of {chip}'s data centre network is not known: its use counts as none"

@@ -17,7 +17,7 @@ from tptrain.program.device_groups import Group, MeshPlaces, parse_groups
 from tptrain.program.hlo_text import Array, Computation, Instruction, Module
 from tptrain.program.walk import fused_instructions
 
-Network = Literal["ICI", "DCN"]
+Network = Literal["ICI", "DCN", "PCIe"]
 
 KINDS = (
     *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
@@ -28,7 +28,7 @@ _MEGASCALE = "_xla_megascale_transfer_type"
 
 @dataclass(frozen=True)
 class Transfer:
-    """One collective of a computation.
+    """One collective of a computation, or a copy between the memories of a chip and its host.
 
     start, end: positions of the instructions that begin and finish it; equal where the chip waits for it.
     num_bytes:  what one chip sends in one execution.
@@ -82,7 +82,7 @@ def _spans(module: Module, computation: Computation) -> list[_Span]:
     spans: list[_Span] = []
     running: dict[str, _Span] = {}
     for position, instruction in enumerate(computation.instructions):
-        finished = _finished(computation, instruction)
+        finished = awaited(computation, instruction)
         if finished in running:
             running.pop(finished).end = position
             continue
@@ -96,8 +96,8 @@ def _spans(module: Module, computation: Computation) -> list[_Span]:
     return spans
 
 
-def _finished(computation: Computation, instruction: Instruction) -> str:
-    """The key of the collective that this instruction waits for; empty for any other instruction."""
+def awaited(computation: Computation, instruction: Instruction) -> str:
+    """The name of the instruction whose end this one waits for; empty for any that waits for none."""
     if not instruction.opcode.endswith("-done") or not instruction.operands:
         return ""
     started = computation.operand(instruction, 0)

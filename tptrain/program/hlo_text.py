@@ -30,9 +30,16 @@ class HloTextError(TptrainError):
     """Text that is not an HLO module as XLA prints it."""
 
 
+# As in xla/layout.h: Layout::kHostMemorySpace.
+HOST_SPACE = 5
+
+
 @dataclass(frozen=True)
 class Array:
-    """The type and size of one array. memory_space: 0 for HBM, above for memories of the chip itself."""
+    """The type and size of one array.
+
+    memory_space: 0 for HBM, HOST_SPACE for the host's memory, others for memories of the chip itself.
+    """
 
     dtype: str
     dims: tuple[int, ...]

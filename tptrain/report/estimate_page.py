@@ -8,7 +8,9 @@ from typing import Any
 
 from tptrain.config.plan import Plan
 from tptrain.estimate import Estimate
+from tptrain.estimate.activations import offloaded_bytes
 from tptrain.estimate.collectives import Collective
+from tptrain.estimate.hosts import HostNeeds
 from tptrain.estimate.network import AxisLinks
 from tptrain.estimate.roofline import Roofline, seconds_of
 from tptrain.estimate.text import bytes_text, seconds_text
@@ -67,6 +69,8 @@ def _host_lines(plan: Plan, found: Estimate) -> list[str]:
         f"Loading: {load}. Saving: {save} at most, and nearly all of it between saves.",
         f"Checkpoint: {bytes_text(step)} on disk; up to {steps} at a time: {bytes_text(steps * step)}.",
     ]
+    if hosts.offload_bytes:
+        lines.insert(1, _offload_line(hosts))
     if hosts.export_bytes is not None and hosts.exported_bytes is not None:
         size, memory = bytes_text(hosts.exported_bytes), bytes_text(hosts.export_bytes)
         lines.append(f"Export: {size} on disk, streamed through {memory} of memory.")
@@ -74,6 +78,12 @@ def _host_lines(plan: Plan, found: Estimate) -> list[str]:
         devices = bytes_text(plan.num_devices * found.memory.total_bytes)
         lines.append(f"The virtual devices are in the host's memory, too: {devices}.")
     return lines
+
+
+def _offload_line(hosts: HostNeeds) -> str:
+    size = bytes_text(hosts.offload_bytes)
+    of = "" if hosts.memory_bytes is None else f" of the {bytes_text(hosts.memory_bytes)} that it has"
+    return f"Activations that wait for the backward pass: {size}{of}."
 
 
 def _traffic_lines(plan: Plan, found: Estimate) -> list[str]:
@@ -102,14 +112,22 @@ def _links_text(axis: str, links: AxisLinks) -> str:
     return f"mesh.{axis} lies on sides {parts} of the slice: {speed} into a chip."
 
 
+def _host_link_line(found: Estimate, seconds: float | None) -> str:
+    size = bytes_text(offloaded_bytes(found.work) * found.work.micro_batches)
+    time = "unknown, the link has no published number" if seconds is None else seconds_text(seconds)
+    return f"Host link: {size} to the host's memory, then as much back: {time} (source: tptrain/topology.py)."
+
+
 def _time_lines(found: Estimate, line: Roofline) -> list[str]:
     model, again = line.flops.model / 1e12, line.flops.recomputed / 1e12
+    host = [_host_link_line(found, line.host_seconds)] if found.work.offloaded else []
     return [
         "Time of a step, a roofline: no step is faster, real ones are slower",
         f"Arithmetic: {model:,.1f} TFLOP (6 x parameters in matrix products x tokens + causal attention) and"
         f" {again:,.1f} computed again, at the peak of bfloat16: {seconds_text(line.compute_seconds)}.",
         f"Update: state and gradients through HBM: {seconds_text(line.update_seconds)}. ICI:"
         f" {seconds_text(line.ici_seconds)}. DCN: {seconds_text(line.dcn_seconds)}.",
+        *host,
         f"Step: {seconds_text(line.fastest_seconds)} if all of that overlaps but the update,"
         f" {seconds_text(line.slowest_seconds)} if nothing does.",
         f"At best {line.tokens_per_second_per_chip:,.0f} tokens/s a chip and MFU {line.mfu:.0%}, not counting"

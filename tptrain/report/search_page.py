@@ -128,7 +128,7 @@ def _count_lines(page: SearchPage) -> list[str]:
     total = len(page.rows) + page.too_large + page.refused
     lines = [
         f"Search: {total} layouts looked at; {page.refused} refused, {page.too_large} larger than a chip's"
-        f" memory by the estimate, {len(page.rows)} left."
+        f" or a host's memory by the estimate, {len(page.rows)} left."
     ]
     for refusal in page.refusals:
         lines.append(f"  Refused, {refusal.count}: {refusal.problem.setting} {refusal.problem.rule}.")

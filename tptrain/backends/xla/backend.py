@@ -60,8 +60,16 @@ class XlaBackend:
         plan, splash = self.plan, None
         if plan.splash is not None:
             splash = SplashKernel(self.mesh, plan.rules.acts, plan.splash)
-        policy, cut_up = plan.recipe.remat.policy, cuts_products_up(plan.tpu_flags)
-        apply_passes(decoder, self.layout, self.mesh, plan.rules, policy, splash, cut_up)
+        apply_passes(
+            decoder,
+            self.layout,
+            self.mesh,
+            plan.rules,
+            plan.recipe.remat.policy,
+            plan.offloaded,
+            splash,
+            products_are_cut_up=cuts_products_up(plan.tpu_flags),
+        )
         return decoder
 
     def place(self, source: TensorSource, part: str = PARAMS) -> Tensors:

@@ -19,22 +19,10 @@ from tptrain.backends.base import Layout, Tensors
 from tptrain.backends.xla.scan import Keeper, scan_caches, scan_layers, scan_parts
 from tptrain.backends.xla.sharding import DeviceMesh
 from tptrain.backends.xla.splash import SplashKernel, splash_core
+from tptrain.config.remat import KEPT
 from tptrain.mesh import RuleTable, spec_of
 from tptrain.models.attention import KVCache
 from tptrain.models.decoder import Decoder, LayerContext
-
-_ATTENTION = frozenset({"attended", "logsumexp"})
-_PRODUCTS = frozenset({"query", "key", "value", "after_attention", "gate", "up"}) | _ATTENTION
-
-# Remat policy -> the marked activations that the backward pass finds ready instead of computing them again.
-# Under "attention" and above, the forward kernel of attention does not run in the backward pass.
-KEPT = {
-    "none": _PRODUCTS | {"scores", "attention_input", "mlp_input", "mlp_hidden"},
-    "dots": _PRODUCTS,
-    "attention": _ATTENTION,
-    "full": frozenset[str](),
-}
-
 
 # Marked activations that are written to memory before they are read. A matrix product that takes its operand
 # through the slice of a scan's input is a fifth slower (libtpu 0.0.24's estimate for
@@ -51,15 +39,17 @@ def apply_passes(
     mesh: DeviceMesh,
     rules: RuleTable,
     remat: str,
+    offloaded: frozenset[str] = frozenset(),
     splash: SplashKernel | None = None,
     products_are_cut_up: bool = True,
 ) -> None:
     """Turn a decoder on `meta` into the one that runs on the mesh, in place.
 
-    splash: the attention kernel; None leaves attention as the decoder states it.
+    remat:     the remat policy. offloaded: what it keeps in the host's memory on these devices.
+    splash:    the attention kernel; None leaves attention as the decoder states it.
     products_are_cut_up: whether the compiler may run a product in steps beside the exchange of what it needs.
     """
-    keeper = Keeper(KEPT[remat])
+    keeper = Keeper(KEPT[remat], offloaded)
     decoder.marks.functions.append(keeper)
     decoder.marks.functions.append(
         lambda x, name, dims: mesh.mark_with_gradient(x, spec_of(dims, rules.acts))

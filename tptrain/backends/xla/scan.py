@@ -3,7 +3,8 @@
 The forward loop stores, per layer, its input and whichever marked activations the remat policy keeps. The
 backward loop runs the layer again under autograd, but puts a kept activation in the place of the one just
 computed; whatever led to it is then dead code and never reaches the compiled program. A policy is thus a set
-of names, from "nothing" (full remat) to "every matrix product".
+of names, from "nothing" (full remat) to "every matrix product"; and a second set, of those whose stacks lie
+in the host's memory.
 
 torch_xla's own `scan` offers gradients through AOTAutograd: it refuses inputs that are not floating point,
 and whatever all layers share (rotary tables, masks) would be stored once per layer. Here the body closes
@@ -19,6 +20,8 @@ import torch
 from torch_xla.experimental.scan import _scan_impl_pytree
 
 from tptrain.backends.base import Tensors
+from tptrain.backends.xla.host_memory import to_device, to_host
+from tptrain.config.remat import LAYER_INPUT
 from tptrain.models.loss import LoopBody, Parts
 
 # (x, parameters of one layer) -> x
@@ -38,10 +41,14 @@ class _Substitute(torch.autograd.Function):
 
 
 class Keeper:
-    """A mark that records kept activations in the forward loop and puts them back in the backward loop."""
+    """A mark that records kept activations in the forward loop and puts them back in the backward loop.
 
-    def __init__(self, names: frozenset[str]):
-        self.names = names
+    names: of the activations that are kept. offloaded: which of them, or LAYER_INPUT, lie in the host's
+    memory between the two loops.
+    """
+
+    def __init__(self, names: frozenset[str], offloaded: frozenset[str] = frozenset()):
+        self.names, self.offloaded = names, offloaded
         self._recorded: list[torch.Tensor] | None = None
         self._supply: Iterator[torch.Tensor] | None = None
 
@@ -49,10 +56,18 @@ class Keeper:
         if name not in self.names:
             return x
         if self._recorded is not None:
-            self._recorded.append(x)
+            self._recorded.append(self.stored(x, name))
         elif self._supply is not None:
-            return _Substitute.apply(x, next(self._supply))
+            return _Substitute.apply(x, self.loaded(next(self._supply), name))
         return x
+
+    def stored(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """`x` as the forward loop stacks it."""
+        return to_host(x) if name in self.offloaded else x
+
+    def loaded(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """`x` from the stack as the backward loop computes with it."""
+        return to_device(x) if name in self.offloaded else x
 
     @contextmanager
     def recording(self) -> Iterator[list[torch.Tensor]]:
@@ -77,7 +92,7 @@ class _ScanLayers(torch.autograd.Function):
         def body(carry, layer):
             with keeper.recording() as kept:
                 y = function(carry, dict(zip(names, layer, strict=True)))
-            return y, (carry, list(kept))
+            return y, (keeper.stored(carry, LAYER_INPUT), list(kept))
 
         with torch.no_grad():
             y, (inputs, kept) = _scan_impl_pytree(body, x, list(stacked))
@@ -101,7 +116,7 @@ class _ScanLayers(torch.autograd.Function):
         def body(carry, layer_inputs):
             x, layer_kept, parameters = layer_inputs
             with torch.enable_grad(), ctx.keeper.supplying(layer_kept):
-                leaf = x.detach().requires_grad_(True)
+                leaf = ctx.keeper.loaded(x, LAYER_INPUT).detach().requires_grad_(True)
                 layer = {n: p.detach() for n, p in zip(ctx.names, parameters, strict=True)}
                 trained = [turn(n, layer[n]).requires_grad_(True) for n in wanted]
                 layer |= {n: turn(n, p) for n, p in zip(wanted, trained, strict=True)}
