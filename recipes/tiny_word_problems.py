@@ -32,6 +32,7 @@ TINY_LLAMA = {
 
 RECIPE = Recipe(
     name="tiny_word_problems",
+    seed=1,
     model=ModelSection(config=TINY_LLAMA, tokenizer="train"),
     data=DataSection(path="builtin:word_problems", preset="gsm8k", seq_len=96, batch_rows=16),
     optim=OptimSection(learning_rate=3e-3, beta2=0.99),
