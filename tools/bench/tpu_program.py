@@ -67,7 +67,7 @@ ROWS = (
     Row("v6e-16", 2048, 2, "full", 5.52, 11.11, 0.855, 0.881),
     Row("v6e-16", 8192, 1, "full", 8.22, 13.81, 1.660, 1.871),
     Row("v6e-16", 8192, 2, "full", 11.13, 16.67, 1.582, 2.003, _V6E_FLAGS),
-    # Theirs keeps some 21 GiB more in the host's memory than ours, and has more flags than these.
+    # Theirs has 21 GiB in the host's memory, ours 6; and more flags than these, which are not known.
     Row("v6e-16", 8192, 3, "offload", 22.00, 26.61, 2.429, 2.889, _V6E_FLAGS),
 )
 
