@@ -66,6 +66,16 @@ def test_the_module_is_the_one_that_a_run_compiles(accumulation: int, tied: bool
     assert ours == theirs
 
 
+def test_a_micro_batch_waits_for_the_gradients_of_the_one_before() -> None:
+    """Or activations of several would be kept at a time: a barrier holds all sums and the next rows."""
+    plan = small.small_plan(4, 2, accumulation=3)
+    barriers = [line for line in text_of(placeholder_trace(plan).module) if " opt-barrier(" in line]
+    between = {line.split(" opt-barrier(")[0] for line in barriers if "s32[" in line}
+    trained = len(PlaceholderBackend(plan).layout.buffers)
+    assert len(between) >= 2
+    assert {(line.count("f32["), line.count("s32[")) for line in between} == {(trained + 1, 4)}
+
+
 def test_names_specs_and_donors_are_those_of_the_parameters() -> None:
     plan = small.small_plan(4, 2)
     traced = placeholder_trace(plan)

@@ -149,6 +149,8 @@ StepFunction = Callable[[Tensors, Tensors], tuple[Tensors, Tensors]]
 
 # (numbers, index of a buffer) -> the same numbers, for this buffer alone: see `Backend.apart`.
 Apart = Callable[[Tensors, int], Tensors]
+# What `Backend.in_order` is.
+InOrder = Callable[[list[torch.Tensor], Tensors], tuple[list[torch.Tensor], Tensors]]
 
 
 class CompiledStep(Protocol):
@@ -234,6 +236,10 @@ class Backend(Protocol):
         A compiler that sees one number spread over two buffers of one shape may spread it once, split it as
         one of the two is split, and move it over the network for the other.
         """
+        ...
+
+    def in_order(self, earlier: list[torch.Tensor], later: Tensors) -> tuple[list[torch.Tensor], Tensors]:
+        """The same values; what is computed from `later` begins when `earlier` are there."""
         ...
 
     def compile_step(

@@ -105,6 +105,9 @@ class TorchBackend:
     def apart(self, numbers: Tensors, index: int) -> Tensors:
         return numbers
 
+    def in_order(self, earlier: list[torch.Tensor], later: Tensors) -> tuple[list[torch.Tensor], Tensors]:
+        return earlier, later
+
     def compile_step(
         self, function: StepFunction, state: Tensors, inputs: Tensors, specs: Mapping[str, Spec]
     ) -> EagerStep:

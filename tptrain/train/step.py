@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from tptrain.backends.base import TORCH_DTYPES, Apart, Backend, Layout, StepFunction, Tensors
+from tptrain.backends.base import TORCH_DTYPES, Apart, Backend, InOrder, Layout, StepFunction, Tensors
 from tptrain.config.plan import Plan
 from tptrain.config.schema import OptimSection, Recipe
 from tptrain.models.calling import call_method
@@ -38,11 +38,16 @@ def _as_they_are(numbers: Tensors, index: int) -> Tensors:
     return numbers
 
 
+def _in_any_order(earlier: list[torch.Tensor], later: Tensors) -> tuple[list[torch.Tensor], Tensors]:
+    return earlier, later
+
+
 def prepare_step(backend: Backend, plan: Plan) -> tuple[StepFunction, Tensors]:
     """The step of a plan as this backend runs it, and the decoder's constants on the devices."""
     decoder = backend.decoder()
     constants = {name: backend.put_constant(tensor) for name, tensor in decoder.constants().items()}
-    return make_train_step(decoder, backend.layout, plan.recipe, backend.apart), constants
+    step = make_train_step(decoder, backend.layout, plan.recipe, backend.apart, backend.in_order)
+    return step, constants
 
 
 def step_placeholders(backend: Backend, plan: Plan) -> Tensors:
@@ -54,9 +59,13 @@ def step_placeholders(backend: Backend, plan: Plan) -> Tensors:
 
 
 def make_train_step(
-    decoder: Decoder, layout: Layout, recipe: Recipe, apart: Apart = _as_they_are
+    decoder: Decoder,
+    layout: Layout,
+    recipe: Recipe,
+    apart: Apart = _as_they_are,
+    in_order: InOrder = _in_any_order,
 ) -> StepFunction:
-    """The step of a recipe. apart: see `Backend.apart`.
+    """The step of a recipe. apart, in_order: see `Backend`.
 
     state:   what steps change, from `split_frozen`.
     inputs:  the batch (BATCH_NAMES, each [A, B, T]), `step_scalars`, the decoder's constants, the frozen
@@ -72,7 +81,7 @@ def make_train_step(
         working = {name: p.detach().to(compute).requires_grad_(True) for name, p in params.items()}
         frozen = {name: p.detach().to(compute) for name, p in part_of(inputs, "params").items()}
         modules = {**working, **frozen, **{name: inputs[name] for name in constants}}
-        loss, counted, gradients = loss_and_gradients(decoder, modules, working, inputs)
+        loss, counted, gradients = loss_and_gradients(decoder, modules, working, inputs, in_order)
         gradients = {name: g.to(params[name].dtype) for name, g in gradients.items()}
         norm = global_norm(gradients)
         finite = torch.isfinite(loss) & torch.isfinite(norm)
@@ -85,18 +94,22 @@ def make_train_step(
 
 
 def loss_and_gradients(
-    decoder: Decoder, modules: Tensors, working: Tensors, inputs: Tensors
+    decoder: Decoder, modules: Tensors, working: Tensors, inputs: Tensors, in_order: InOrder = _in_any_order
 ) -> tuple[torch.Tensor, torch.Tensor, Tensors]:
     """Mean loss over all counted tokens of all micro-batches, their count, and its gradients.
 
     Each micro-batch contributes its sum divided by the count of the whole batch, so that one batch of 8
-    rows and four of 2 give the same loss and gradients.
+    rows and four of 2 give the same loss and gradients. in_order: see `Backend.in_order`; without it a
+    compiler may begin a micro-batch while activations of the one before are still kept.
     """
     counted = inputs["weights"].sum()
     total = counted.clamp(min=1.0)
-    losses, sums = [], None
+    losses: list[torch.Tensor] = []
+    sums: list[torch.Tensor] | None = None
     for micro in range(inputs["tokens"].shape[0]):
         batch = {name: inputs[name][micro] for name in BATCH_NAMES}
+        if sums is not None:
+            sums, batch = in_order(sums, batch)
         arguments = (*(batch[name] for name in LOSS_NAMES), total)
         loss = call_method(decoder, "mean_loss", modules, arguments)
         gradients = torch.autograd.grad(loss, list(working.values()))

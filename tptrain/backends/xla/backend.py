@@ -143,6 +143,12 @@ class XlaBackend:
         xm.optimization_barrier_([*own, mark])
         return dict(zip(numbers, own, strict=True))
 
+    def in_order(self, earlier: list[torch.Tensor], later: Tensors) -> tuple[list[torch.Tensor], Tensors]:
+        # The barrier acts in place, and what has passed it depends on all that enters it.
+        passed = [tensor.clone() for tensor in (*earlier, *later.values())]
+        xm.optimization_barrier_(passed)
+        return passed[: len(earlier)], dict(zip(later, passed[len(earlier) :], strict=True))
+
     def compile_step(
         self, function: StepFunction, state: Tensors, inputs: Tensors, specs: Mapping[str, Spec]
     ) -> CapturedStep:
