@@ -1,4 +1,4 @@
-"""Flags of the TPU compiler: written out, chosen for the chip and the mesh, and both."""
+"""Flags of the TPU compiler: written out, chosen for the chip, and both."""
 
 from __future__ import annotations
 
@@ -33,10 +33,6 @@ def test_auto_gives_the_chip_its_flags_and_the_page_names_them(topology: str) ->
     }
     assert f"Compiler: --{VMEM}={plan.tpu_flags[VMEM]} --{COLLECTIVE_MATMUL}=1000000." in plan_page(plan)
     assert plan_json(plan)["tpu_flags"] == plan.tpu_flags
-
-
-def test_products_are_cut_up_where_a_tensor_axis_exchanges_activations() -> None:
-    assert plan_of("topology=v5p-32", "mesh.tensor=2").tpu_flags == {VMEM: "49152"}
 
 
 def test_a_chip_without_evidence_keeps_the_default_memory() -> None:

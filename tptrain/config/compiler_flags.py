@@ -1,4 +1,4 @@
-"""Flags of the TPU compiler: those of a recipe, and those that suit the chip and the mesh."""
+"""Flags of the TPU compiler: those of a recipe, and those that suit the chip."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 
 from tptrain.chips import Chip
-from tptrain.mesh import MeshShape
 
 AUTO = "auto"
 DEFAULT = "default"
@@ -40,9 +39,9 @@ def compiler_flags(text: str) -> dict[str, str]:
     return found
 
 
-def chosen_flags(text: str, chip: Chip, mesh: MeshShape) -> dict[str, str]:
+def chosen_flags(text: str, chip: Chip) -> dict[str, str]:
     """What the compiler is given: after "auto" the tuned flags, overridden by those written out."""
-    tuned = tuned_flags(chip, mesh) if text.split()[:1] == [AUTO] else {}
+    tuned = tuned_flags(chip) if text.split()[:1] == [AUTO] else {}
     return {**tuned, **compiler_flags(text)}
 
 
@@ -51,15 +50,15 @@ def cuts_products_up(flags: Mapping[str, str]) -> bool:
     return flags.get(_COLLECTIVE_MATMUL) != str(_NEVER_MIB)
 
 
-def tuned_flags(chip: Chip, mesh: MeshShape) -> dict[str, str]:
+def tuned_flags(chip: Chip) -> dict[str, str]:
     """Flags with which the programs of BUILD.md are estimated faster than with the compiler's own choices.
 
-    Without a tensor axis, products whose weights are gathered run whole: cut up, they fill the matrix units
-    badly. With one, the activations that are exchanged have nothing else to hide behind.
+    Products run whole: cut up, they fill the matrix units so badly that waiting for what is exchanged costs
+    less, also where a tensor axis exchanges activations.
     """
     found = {}
     if chip.name in _SCOPED_VMEM_KIB:
         found[_SCOPED_VMEM] = str(_SCOPED_VMEM_KIB[chip.name])
-    if chip.platform == "tpu" and mesh.axis_sizes["tensor"] == 1:
+    if chip.platform == "tpu":
         found[_COLLECTIVE_MATMUL] = str(_NEVER_MIB)
     return found

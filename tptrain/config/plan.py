@@ -85,7 +85,7 @@ class Plan:
     @property
     def tpu_flags(self) -> dict[str, str]:
         """Flags of the TPU compiler, name -> value; they mean nothing where the chips are no TPUs."""
-        return chosen_flags(self.recipe.compiler.tpu_flags, self.topology.chip, self.mesh)
+        return chosen_flags(self.recipe.compiler.tpu_flags, self.topology.chip)
 
     @property
     def loss_chunk_tokens(self) -> int:

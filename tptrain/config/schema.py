@@ -192,7 +192,7 @@ class CompilerSection:
 
     tpu_flags: str = "auto"
     """Flags of the TPU compiler as libtpu takes them, "--xla_tpu_x=true --xla_y=4"; a run and a dry run pass
-    them alike. auto: those that suit the chip and the mesh, which the plan names; "auto --xla_y=4": others
+    them alike. auto: those that suit the chip, which the plan names; "auto --xla_y=4": others
     beside them; default: none."""
 
 
