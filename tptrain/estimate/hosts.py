@@ -91,7 +91,7 @@ def _load_bytes(work: Workload, devices_per_host: int) -> int:
 
 
 def _buffers(work: Workload) -> Iterable[list[ParamRow]]:
-    """Rows as they lie in buffers: one by itself, or that of all layers of a run at one place of the period."""
+    """Rows as they lie in buffers: one by itself, or those of a run at one place of the period."""
     groups: dict[str, list[ParamRow]] = {}
     for row in work.table:
         groups.setdefault(work.runs.stack_of(row.name) or row.name, []).append(row)

@@ -82,7 +82,9 @@ def step_flops(work: Workload) -> Flops:
     products of a layer whose output the remat policy drops and the backward pass asks for.
     """
     tokens, kept = step_tokens(work), KEPT[work.remat]
-    forward, back = ([row for row in rows if len(row.size) == 2] for rows in (work.layer_rows, work.back_rows))
+    forward, back = (
+        [row for row in rows if len(row.size) == 2] for rows in (work.layer_rows, work.back_rows)
+    )
     once = sum(row.num_elements for row in [*forward, work.head])
     gone_back = sum(_backward_products(row) * row.num_elements for row in [*back, work.head])
     again = sum(row.num_elements for row in back if _is_recomputed(row, kept))

@@ -16,7 +16,6 @@ from tptrain.mesh import Spec
 from tptrain.report.estimate_page import estimate_blocks, estimate_json
 from tptrain.report.param_lines import ParamLine, param_lines, row_device_bytes
 
-
 # Runs of layers that are listed one by one.
 _MOST_RUNS = 6
 

@@ -68,7 +68,9 @@ def apply_passes(
     assert decoder.loss_chunks is not None
     shards = decoder.loss_chunks.shards if products_are_cut_up else None
     scanned = [
-        ScannedLayers(layers[run.start : run.start + runs.period], keeper, layout, runs.prefix(i), mesh, shards)
+        ScannedLayers(
+            layers[run.start : run.start + runs.period], keeper, layout, runs.prefix(i), mesh, shards
+        )
         for i, run in enumerate(runs.runs)
     ]
     decoder.model.layers = scanned[0] if len(scanned) == 1 else ChainedRuns(scanned)
