@@ -69,7 +69,7 @@ def apply_passes(
     shards = decoder.loss_chunks.shards if products_are_cut_up else None
     scanned = [
         ScannedLayers(
-            layers[run.start : run.start + runs.period], keeper, layout, runs.prefix(i), mesh, shards
+            [layers[run.start + j] for j in range(runs.period)], keeper, layout, runs.prefix(i), mesh, shards
         )
         for i, run in enumerate(runs.runs)
     ]
