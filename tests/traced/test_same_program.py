@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from tptrain.backends.base import TensorSource, TracedStep
 from tptrain.backends.xla.backend import XlaBackend
 from tptrain.backends.xla.hlo_proto import read_module
 from tptrain.backends.xla.placeholders import PlaceholderBackend
-from tptrain.config import Plan
+from tptrain.config import Plan, PrecisionSection
+from tptrain.config.planning import plan_recipe
 from tptrain.jaxside.random_init import RandomSource
 from tptrain.train.state import HALTED, fresh_state, split_frozen, state_specs
 from tptrain.train.step import prepare_step, step_placeholders
@@ -66,9 +68,17 @@ def test_the_module_is_the_one_that_a_run_compiles(accumulation: int, tied: bool
     assert ours == theirs
 
 
-def test_so_it_is_where_layers_run_in_several_loops(dump: Path) -> None:
-    """The middle layer of three is trained; what is frozen is an input that nothing writes over."""
-    plan = small.small_plan(4, 2, trainable=("model.layers.1.*",), remat="attention")
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_so_it_is_where_layers_run_in_several_loops(compute: Any, dump: Path) -> None:
+    """The middle layer of three is trained; what is frozen is an input that nothing writes over.
+
+    One of trained and frozen weights is cast for the compute format, and the moments are for the update.
+    """
+    plan = small.small_plan(
+        4, 2, trainable=("model.layers.1.*",), remat="attention", optim={"moments_dtype": "bfloat16"}
+    )
+    mixed = PrecisionSection(compute=compute)
+    plan = plan_recipe(dataclasses.replace(plan.recipe, precision=mixed), environ={})
     traced = placeholder_trace(plan)
     source = small.DictSource(small.weights_of(small.reference()))
     ours, theirs = text_of(traced.module), text_of(compiled_by_a_run(plan, source, dump))
