@@ -243,21 +243,6 @@ TRAINABLE = [
         ("model.config.tie_word_embeddings=true", "model.trainable=lm_head.*"),
         mended=("model.config.tie_word_embeddings=true", "model.trainable=model.embed_tokens.weight"),
     ),
-    BadInput(
-        "some layers of an array",
-        "model.trainable", "model.layers.2.self_attn.*,lm_head.weight",
-        "must take all layers of a weight or none", "not in every layer: model.layers.2.self_attn.q_proj",
-        "model.layers.*.self_attn.*,lm_head.weight, or backend=torch topology=cpu-1",
-        ("model.trainable=model.layers.2.self_attn.*,lm_head.weight",),
-        mended=("model.trainable=model.layers.*.self_attn.*,lm_head.weight",),
-    ),
-    BadInput(
-        "some layers by the end of their names",
-        "model.trainable", "*.1.mlp.up_proj.weight,model.norm.weight", "must take all layers of a weight",
-        "not in every layer: model.layers.1.mlp.up_proj.weight", "model.layers.*.mlp.up_proj.weight, or",
-        ("model.trainable=*.1.mlp.up_proj.weight,model.norm.weight",),
-        mended=("model.trainable=*.1.mlp.up_proj.weight", "backend=torch", "topology=cpu-1"),
-    ),
 ]  # fmt: skip
 
 _HEADER = "from tptrain.config import *\n"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
 from tests import greedy, small
+from tptrain.backends.torch_backend import TorchBackend
 from tptrain.backends.xla.backend import XlaBackend
 
 PERMUTED = (6, 2, 7, 3, 4, 0, 5, 1)
@@ -27,3 +30,15 @@ def test_answers_equal_transformers_and_later_batches_compile_nothing() -> None:
     weights = small.whole_rows(backend, plan, params)
     for name, theirs in small.weights_of(small.reference()).items():
         assert (weights[name][: theirs.shape[0]] == theirs).all(), "generating leaves the weights alone"
+
+
+def test_runs_of_layers_have_caches_of_their_own() -> None:
+    """With the last layer trained alone, its weights in float32 above two layers in bfloat16."""
+    trainable = ("model.layers.2.*", "model.norm.weight")
+    plan, plain = small.small_plan(4, 2, trainable=trainable), small.torch_plan(trainable=trainable)
+    backend = XlaBackend(plan, PERMUTED)
+    shapes = {n: tuple(t.shape)[:1] for n, t in backend.make_caches(8, 16, torch.float32).items()}
+    assert shapes == {"key.0": (2,), "value.0": (2,), "key.1": (1,), "value.1": (1,)}
+    ours, params = greedy.make_generator(backend, plan, ())
+    theirs, same = greedy.make_generator(TorchBackend(plain), plain, ())
+    assert ours.generate(params, greedy.prompts()[:5]) == theirs.generate(same, greedy.prompts()[:5])

@@ -13,6 +13,8 @@ from tests import small
 from tests.devices8.test_model_sharded import PERMUTED, gradients_of
 from tptrain.backends.base import Tensors
 from tptrain.backends.xla.backend import XlaBackend
+from tptrain.train.state import fresh_state, split_frozen
+from tptrain.train.step import prepare_step
 
 # Policy -> the one that keeps the same on the device.
 WITHOUT = {"offload": "full", "offload_attention": "attention"}
@@ -58,6 +60,20 @@ def moves(program: str) -> list[str]:
 def test_each_stack_is_moved_out_and_back_once(remat: str, stacks: int) -> None:
     """A scan's body is in the program once. Plain attention has no logsumexp."""
     assert moves(program(remat, "v5e-8")) == ["ToDevice"] * stacks + ["ToHost"] * stacks
+
+
+def test_frozen_layers_at_the_bottom_move_nothing() -> None:
+    """Of three runs of layers the backward pass goes through the upper two, each with a stack of inputs."""
+    plan = small.small_plan(
+        4, 2, topology="v5e-8", remat="offload", attention="plain", trainable=("model.layers.1.*",)
+    )
+    backend = XlaBackend(plan, PERMUTED)
+    function, constants = prepare_step(backend, plan)
+    source = small.DictSource(small.weights_of(small.reference(False)))
+    state, frozen = split_frozen(fresh_state(backend, source), backend.layout)
+    new, outputs = function(state, small.step_inputs(backend, plan, {**constants, **frozen}, 1))
+    text = torch_xla._XLAC._get_xla_tensors_hlo([*new.values(), *outputs.values()])
+    assert moves(text) == ["ToDevice"] * 2 + ["ToHost"] * 2
 
 
 @pytest.mark.parametrize("remat", WITHOUT)

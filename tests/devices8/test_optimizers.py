@@ -39,6 +39,18 @@ CASES: dict[str, dict[str, Any]] = {
         "trainable": ("model.embed_tokens.weight", "model.norm.weight"),
         "optim": {"name": "adafactor"},
     },
+    # Runs of layers: frozen ones below, above and on both sides, of one turn and of two.
+    "last layer": {"trainable": ("model.layers.2.*", "model.norm.weight", "lm_head.weight"), "remat": "full"},
+    "middle layer": {"trainable": ("model.layers.1.*",), "remat": "dots", "accumulation": 2},
+    "first layer": {
+        "trainable": ("model.embed_tokens.weight", "model.layers.0.*"),
+        "remat": "attention",
+    },
+    "attention of a layer": {
+        "trainable": ("model.layers.1.self_attn.*",),
+        "optim": {"name": "adafactor", "momentum": 0.9},
+    },
+    "last two layers": {"trainable": ("model.layers.[12].mlp.*",), "remat": "full"},
 }
 
 
@@ -87,7 +99,7 @@ def run_of(case: str) -> Run:
 
 @cache
 def torch_run(case: str) -> Run:
-    plan = small.torch_plan(**CASES[case])
+    plan = small.torch_plan(**{**CASES[case], "remat": "none"})
     return steps_of(TorchBackend(plan), plan)
 
 
@@ -162,6 +174,26 @@ def test_the_program_computes_no_gradient_of_a_frozen_weight() -> None:
         assert counted(everything, size), size
         assert bool(counted(attention, size)) == trained, size
     assert run_of("frozen layers").program.count(" while(") == run_of("frozen").program.count(" while(")
+
+
+# Cases with frozen layers -> loops over layers of the forward and of the backward pass, and the stacks of two
+# layers' inputs, [2, 8, 32, 120], that the program may hold.
+LOOPS = {
+    "last layer": (2, 1, False),
+    "middle layer": (3, 2, False),
+    "first layer": (2, 2, True),
+    "attention of a layer": (3, 2, False),
+    "last two layers": (2, 1, True),
+}
+
+
+@pytest.mark.parametrize("case", LOOPS)
+def test_frozen_layers_at_the_bottom_keep_nothing_and_have_no_backward_loop(case: str) -> None:
+    forward, backward, keeps_two = LOOPS[case]
+    program, accumulation = run_of(case).program, CASES[case].get("accumulation", 1)
+    loops = [line for line in program.splitlines() if " while(" in line and ",120,176]" in line]
+    assert len(loops) == accumulation * (forward + backward)
+    assert ("f32[2,8,32,120]" in program) == keeps_two
 
 
 def counted(program: str, size: int) -> int:

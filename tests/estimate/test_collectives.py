@@ -72,6 +72,20 @@ def test_kept_activations_are_not_reduced_again() -> None:
     assert again not in _found("remat.policy=none")
 
 
+def test_layers_below_what_is_trained_send_nothing_back() -> None:
+    """The middle layer of three is trained: the way back goes through two, gradients are those of one."""
+    found = _bytes(_found("model.trainable=model.layers.1.*"))
+    assert found == {
+        **EXPECTED,
+        ("all-gather", "fsdp", "ICI", "weights: layers, backward"): 3 / 4 * 2 * LAYER * 2,
+        ("reduce-scatter", "fsdp", "ICI", "gradients"): 3 / 4 * LAYER * 2,
+        ("all-reduce", "fsdp", "ICI", "gradients"): 2 * 3 / 4 * 2 * 96 * 2,
+        ("all-to-all", "fsdp", "ICI", "activations: embedding"): 3 / 4 * STREAM,
+        ("all-reduce", "tensor", "ICI", "activations: layers computed again"): 2 * 1 / 2 * 2 * STREAM,
+        ("all-reduce", "tensor", "ICI", "activations: layers backward, and head"): 2 * 1 / 2 * 5 * STREAM,
+    }
+
+
 def test_one_device_sends_nothing() -> None:
     assert _found("topology=cpu-1") == {}
 

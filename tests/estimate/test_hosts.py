@@ -37,6 +37,13 @@ def test_loading_holds_two_neighbouring_buffers() -> None:
     assert many.load_bytes == 4 * gate
 
 
+def test_a_buffer_holds_the_layers_of_one_run() -> None:
+    """Of six layers five are frozen: the largest neighbours are then five layers of gate and up, bfloat16."""
+    last = "model.trainable=model.layers.5.*"
+    cut = host_needs(small_plan("model.config.num_hidden_layers=6", last, "model.config.vocab_size=263"))
+    assert cut.load_bytes == 2 * 5 * 176 * 96 * 2
+
+
 def test_devices_with_the_same_piece_share_it() -> None:
     split = host_needs(small_plan("topology=cpu-8", "mesh.fsdp=8")).load_bytes
     replicas = host_needs(small_plan("topology=cpu-8", "mesh.fsdp=4", "mesh.data=2")).load_bytes

@@ -180,6 +180,42 @@ def test_frozen_rows_have_no_moments_and_no_gradients() -> None:
     assert _phases(found)["loss"]["cast weights"] == 2 * (3 * LAYER - frozen)
 
 
+def test_layers_below_what_is_trained_keep_nothing() -> None:
+    """Of three layers the last is trained: one input is kept, one layer cast, and its gradients are made."""
+    found = memory(small_work("model.trainable=model.layers.2.*,lm_head.weight"))
+    moving = LAYER + HEAD
+    assert found.arguments["parameters"] == 4 * moving + 2 * (LOCAL - moving)
+    assert found.arguments["optimizer state"] == 8 * moving
+    phases = _phases(found)
+    assert list(phases) == ["loss", "gradient of the head", "backward pass of the layers", "update"]
+    assert phases["loss"]["kept activations"] == STREAM
+    assert phases["loss"]["cast weights"] == 2 * LAYER
+    assert phases["backward pass of the layers"]["activations in flight"] == IN_FLIGHT
+    assert phases["backward pass of the layers"]["gradients"] == phases["update"]["gradients"] == 2 * moving
+
+
+def test_frozen_layers_above_what_is_trained_keep_what_the_way_back_needs() -> None:
+    for trainable in ("model.layers.1.*", "model.layers.1.mlp.down_proj.weight"):
+        phases = _phases(memory(small_work(f"model.trainable={trainable}")))
+        assert phases["loss"]["kept activations"] == 2 * STREAM
+        assert phases["gradient of the head"]["gradients before their reduction"] == 0
+    phases = _phases(memory(small_work("model.trainable=model.embed_tokens.weight")))
+    assert phases["loss"]["kept activations"] == 3 * STREAM
+    assert phases["backward pass of the layers"]["gradients before their reduction"] == 0
+    assert phases["gradient of the embedding"]["gradients"] == 2 * HEAD
+
+
+def test_below_a_head_that_is_trained_alone_layers_have_a_forward_pass_only() -> None:
+    phases = _phases(memory(small_work("model.trainable=lm_head.weight")))
+    assert list(phases) == ["loss", "gradient of the head", "forward pass of the layers", "update"]
+    layers = phases["forward pass of the layers"]
+    assert layers["kept activations"] == layers["cast weights"] == 0
+    assert layers["activations in flight"] == round(
+        FITTED.in_flight * (STREAM + ATTENTION + 16 * 12 * 4 * 256 * 256)
+    )
+    assert "gradients" not in layers
+
+
 def test_other_optimizers_keep_other_tensors() -> None:
     """The first moment alone, in bfloat16; and of the head a number per row, split as its rows are."""
     work = small_work()

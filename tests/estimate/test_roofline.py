@@ -8,7 +8,8 @@ from tests.estimate.workloads import llama3_plan, llama3_work, small_plan, small
 from tptrain.estimate import estimate
 from tptrain.estimate.roofline import attended_pairs, step_flops
 
-MATRICES = 3 * (2 * 96 * 96 + 2 * 48 * 96 + 3 * 176 * 96) + 1031 * 96
+LAYER, HEAD = 2 * 96 * 96 + 2 * 48 * 96 + 3 * 176 * 96, 1031 * 96
+MATRICES = 3 * LAYER + HEAD
 TOKENS = 48 * 256
 # Scores and weighted values of the pairs under the diagonal, of all heads and layers.
 ATTENTION = 3 * 48 * 4 * 96 * (256 * 257 // 2)
@@ -24,9 +25,32 @@ def test_frozen_matrices_have_no_gradient_of_their_own() -> None:
     trained = step_flops(small_work("model.trainable=model.layers.*.mlp.down_proj.weight")).model
     assert trained == (4 * MATRICES + 2 * down) * TOKENS + 3 * ATTENTION
     # Below a head that is trained alone, nothing goes back.
-    layers, head = MATRICES - 1031 * 96, 1031 * 96
-    alone = step_flops(small_work("model.trainable=lm_head.weight")).model
-    assert alone == (2 * layers + 6 * head) * TOKENS + ATTENTION
+    alone = step_flops(small_work("model.trainable=lm_head.weight"))
+    assert alone.model == (2 * 3 * LAYER + 6 * HEAD) * TOKENS + ATTENTION
+    assert alone.recomputed == 0
+    # Through a frozen head the gradient of its input goes to the norm.
+    assert step_flops(small_work("model.trainable=model.norm.weight")).model == (
+        (2 * 3 * LAYER + 4 * HEAD) * TOKENS + ATTENTION
+    )
+
+
+@pytest.mark.parametrize(
+    ("trainable", "layers_back", "trained"),
+    [
+        ("model.layers.2.*,lm_head.weight", 1, LAYER + HEAD),
+        ("model.layers.1.self_attn.*", 2, 2 * 96 * 96 + 2 * 48 * 96),
+        ("model.embed_tokens.weight,model.layers.0.*", 3, LAYER),
+    ],
+)
+def test_layers_below_what_is_trained_have_no_backward_pass(
+    trainable: str, layers_back: int, trained: int
+) -> None:
+    """Full remat: what has one is computed again, but for the last matrix."""
+    found = step_flops(small_work(f"model.trainable={trainable}"))
+    forward, inputs = 3 * LAYER + HEAD, layers_back * LAYER + HEAD
+    core = ATTENTION / 3
+    assert found.model == 2 * (forward + inputs + trained) * TOKENS + (3 + 2 * layers_back) * core
+    assert found.recomputed == layers_back * (2 * (LAYER - 176 * 96) * TOKENS + core)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +115,16 @@ def test_offloaded_activations_go_out_and_come_back_over_the_host_link(topology:
     assert away.host_seconds == 2 * (2 * 32 * 3 * 8192 * 4096 * 2) / speed
     assert away.fastest_seconds == here.fastest_seconds, "compute is longer, and runs beside"
     assert away.slowest_seconds == pytest.approx(here.slowest_seconds + away.host_seconds)
+
+
+def test_layers_that_keep_nothing_offload_nothing() -> None:
+    """Of 32 layers the last four keep their inputs, [3, 8192, 4096] in bfloat16."""
+    given = ("kernels.attention=splash", "remat.policy=offload")
+    last = "model.trainable=model.layers.2[89].*,model.layers.3?.*"
+    found = estimate(llama3_plan("v6e-16", 8192, 48, *given, last))
+    assert found.roofline is not None
+    assert found.roofline.host_seconds == 2 * (4 * 3 * 8192 * 4096 * 2) / 32e9
+    assert found.hosts.offload_bytes == 4 * (4 * 3 * 8192 * 4096 * 2)
 
 
 def test_a_host_link_that_limits_is_told() -> None:

@@ -49,7 +49,7 @@ class HostBackend:
     def __init__(self, plan: Plan, local_positions: tuple[int, ...]):
         self.plan, self.local_positions = plan, local_positions
         parts = plan.parts.values()
-        self.layouts = {part.name: Layout.stacked(part.rows, part.specs, 1) for part in parts}
+        self.layouts = {part.name: Layout.stacked(part.rows, part.specs, plan.layer_runs) for part in parts}
 
     def place(self, source: TensorSource, part: str = PARAMS) -> Any:
         placed = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from tptrain.backends.base import TensorSource, TracedStep
 from tptrain.backends.xla.backend import XlaBackend
 from tptrain.backends.xla.hlo_proto import read_module
 from tptrain.backends.xla.placeholders import PlaceholderBackend
-from tptrain.config import Plan
+from tptrain.config import Plan, PrecisionSection
+from tptrain.config.planning import plan_recipe
 from tptrain.jaxside.random_init import RandomSource
-from tptrain.train.state import HALTED, fresh_state, state_specs
+from tptrain.train.state import HALTED, fresh_state, split_frozen, state_specs
 from tptrain.train.step import prepare_step, step_placeholders
 
 _xla: Any = xla_client._xla
@@ -26,8 +28,8 @@ _xla: Any = xla_client._xla
 def placeholder_trace(plan: Plan) -> TracedStep:
     backend = PlaceholderBackend(plan)
     function, constants = prepare_step(backend, plan)
-    inputs = {**step_placeholders(backend, plan), **constants}
-    state = fresh_state(backend, backend.no_source)
+    state, frozen = split_frozen(fresh_state(backend, backend.no_source), backend.layout)
+    inputs = {**step_placeholders(backend, plan), **constants, **frozen}
     return backend.trace_step(function, state, inputs, state_specs(backend))
 
 
@@ -35,9 +37,9 @@ def compiled_by_a_run(plan: Plan, source: TensorSource, dump: Path) -> bytes:
     """The module that XLA was handed when a run compiled its step on real buffers."""
     backend = XlaBackend(plan, tuple(range(8)))
     function, constants = prepare_step(backend, plan)
-    state = fresh_state(backend, source)
+    state, frozen = split_frozen(fresh_state(backend, source), backend.layout)
     backend.sync()
-    inputs = small.step_inputs(backend, plan, constants, 1)
+    inputs = small.step_inputs(backend, plan, {**constants, **frozen}, 1)
     before = set(dump.iterdir())
     backend.compile_step(function, state, inputs, state_specs(backend))
     programs = [p for p in set(dump.iterdir()) - before if p.name.endswith("before_optimizations.hlo.pb")]
@@ -74,6 +76,28 @@ def test_a_micro_batch_waits_for_the_gradients_of_the_one_before() -> None:
     trained = len(PlaceholderBackend(plan).layout.buffers)
     assert len(between) >= 2
     assert {(line.count("f32["), line.count("s32[")) for line in between} == {(trained + 1, 4)}
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_so_it_is_where_layers_run_in_several_loops(compute: Any, dump: Path) -> None:
+    """The middle layer of three is trained; what is frozen is an input that nothing writes over.
+
+    One of trained and frozen weights is cast for the compute format, and the moments are for the update.
+    """
+    plan = small.small_plan(
+        4, 2, trainable=("model.layers.1.*",), remat="attention", optim={"moments_dtype": "bfloat16"}
+    )
+    mixed = PrecisionSection(compute=compute)
+    plan = plan_recipe(dataclasses.replace(plan.recipe, precision=mixed), environ={})
+    traced = placeholder_trace(plan)
+    source = small.DictSource(small.weights_of(small.reference()))
+    ours, theirs = text_of(traced.module), text_of(compiled_by_a_run(plan, source, dump))
+    assert ours == theirs
+    moving = {name.split(".")[2] for name in traced.donated if ".layers." in name}
+    given = {name.split(".")[2] for name in traced.parameters if name and ".layers." in name}
+    assert (moving, given) == ({"1"}, {"0", "1", "2"})
+    # Forward through three, backward through the upper two.
+    assert sum(" while(" in line and ",120,176]" in line for line in ours) == 3 + 2
 
 
 def test_names_specs_and_donors_are_those_of_the_parameters() -> None:

@@ -41,7 +41,7 @@ class FlaxStep:
     def __init__(self, plan: Plan, mesh: Mesh, platform: Platform = "tpu"):
         _require_same(plan)
         self.plan, self.mesh = plan, mesh
-        layout = Layout.stacked(plan.table, plan.specs, len(plan.facts.layer_period))
+        layout = Layout.stacked(plan.table, plan.specs, plan.layer_runs)
         self.buffers: dict[str, Buffer] = layout.buffers
         stacks = {name: buffer.row_spec for name, buffer in self.buffers.items()}
         rules = MeshRules(mesh, plan.rules.acts, stacks, plan.splash, platform)

@@ -8,7 +8,6 @@ layers, the torch backend keeps every row by itself. `Layout` is the invertible 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -18,7 +17,7 @@ import torch
 
 from tptrain.config.plan import Plan
 from tptrain.config.state_parts import PARAMS
-from tptrain.family.table import ParamRow, stored_rows
+from tptrain.family import LayerRuns, ParamRow, layer_of, stored_rows
 from tptrain.jaxside.random_init import RandomSource
 from tptrain.mesh import Spec
 from tptrain.models.decoder import Decoder
@@ -32,8 +31,6 @@ TORCH_DTYPES = {
 }
 
 Tensors = dict[str, torch.Tensor]
-
-_LAYER_NAME = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
 
 
 @dataclass(frozen=True)
@@ -89,16 +86,17 @@ class Layout:
         return Layout([Buffer(row.name, (row,), False, specs[row.name]) for row in stored_rows(table)])
 
     @staticmethod
-    def stacked(table: Sequence[ParamRow], specs: Mapping[str, Spec], period: int) -> Layout:
-        """Layers stacked for a scan: layer i is at index i // period of position i % period."""
+    def stacked(table: Sequence[ParamRow], specs: Mapping[str, Spec], runs: LayerRuns) -> Layout:
+        """Layers stacked for a scan over each run: the first period of a run is at index 0.
+
+        runs: of the weights, also where the table is that of another part of the state.
+        """
         groups: dict[str, list[ParamRow]] = {}
         for row in stored_rows(table):
-            match = _LAYER_NAME.match(row.name)
-            key = f"model.layers.period.{int(match[1]) % period}.{match[2]}" if match else row.name
-            groups.setdefault(key, []).append(row)
+            groups.setdefault(runs.stack_of(row.name) or row.name, []).append(row)
         buffers = []
         for name, rows in groups.items():
-            in_layers = name.startswith("model.layers.period.")
+            in_layers = layer_of(rows[0].name) is not None
             spec = specs[rows[0].name]
             buffers.append(Buffer(name, tuple(rows), in_layers, ((), *spec) if in_layers else spec))
         return Layout(buffers)

@@ -13,7 +13,7 @@ from tptrain.config.loss_chunks import chunk_tokens
 from tptrain.config.remat import offloaded
 from tptrain.config.schema import Recipe
 from tptrain.config.state_parts import StatePart, state_parts
-from tptrain.family import ModelFacts, ParamRow
+from tptrain.family import LayerRuns, ModelFacts, ParamRow, layer_runs, stored_rows
 from tptrain.mesh import MeshShape, RuleTable, Spec
 from tptrain.mesh.rules import split_count
 from tptrain.topology import Topology
@@ -61,6 +61,11 @@ class Plan:
     def parts(self) -> Mapping[str, StatePart]:
         """The parts of the training state by name: the weights, and what the optimizer keeps beside them."""
         return state_parts(self.table, self.specs, self.recipe.optim)
+
+    @cached_property
+    def layer_runs(self) -> LayerRuns:
+        """The layers in runs of which the same weights are trained: a stack of the XLA backend is in one."""
+        return layer_runs(stored_rows(self.table), len(self.facts.layer_period))
 
     @property
     def device_rows(self) -> int:

@@ -23,7 +23,7 @@ from tptrain.config.plan import Plan
 from tptrain.config.recipe_checks import facts_problems, idle_notices, recipe_problems
 from tptrain.config.remat import offload_notices
 from tptrain.config.schema import Recipe
-from tptrain.config.trainable import trainable_problems, with_frozen
+from tptrain.config.trainable import run_notices, trainable_problems, with_frozen
 from tptrain.errors import Problem, raise_if_any
 from tptrain.family import parameter_table
 from tptrain.mesh import RuleTable, param_specs
@@ -77,7 +77,7 @@ def parts_of(recipe: Recipe, topology: Topology | None, at_hand: ConfigsAtHand |
     facts = model.facts if model else None
     if facts:
         problems += facts_problems(recipe, facts)
-        problems += trainable_problems(recipe, facts, parameter_table(facts))
+        problems += trainable_problems(recipe, parameter_table(facts))
     if topology and mesh and rules:
         if facts:
             case = ShardingCase(recipe.mesh, facts, rules, mesh.shape, topology.devices_per_slice)
@@ -127,7 +127,7 @@ def finish(parts: Parts) -> Plan:
         ),
     )
     chunk = chunk_notices(recipe, plan.loss_chunk_tokens, plan.logits_token_bytes)
-    return replace(plan, notices=(*plan.notices, *chunk))
+    return replace(plan, notices=(*plan.notices, *chunk, *run_notices(recipe, plan.layer_runs)))
 
 
 def _export_dir(recipe: Recipe) -> str | None:

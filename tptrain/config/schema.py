@@ -30,8 +30,9 @@ class ModelSection:
     """Folder or hub id of a tokenizer; "pretrained" for the checkpoint's own, "train" for a byte-level BPE
     made from the training records."""
     trainable: tuple[str, ...] = ("*",)
-    """Patterns of the names of the weights that are trained, such as model.layers.*.self_attn.*; the others
-    are frozen: held, saved and computed from in bfloat16, without gradients and moments."""
+    """Patterns of the names of the weights that are trained, such as model.layers.*.self_attn.* or
+    model.layers.3?.*; the others are frozen: held, saved and computed from in bfloat16, without gradients and
+    moments. Layers below the lowest that is trained keep nothing and have no backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)

@@ -9,13 +9,14 @@ from fnmatch import fnmatchcase
 
 from tptrain.config.schema import Recipe
 from tptrain.errors import Problem, nearest
-from tptrain.family import ModelFacts, ParamRow, stored_rows
+from tptrain.family import LayerRuns, ParamRow, stored_rows
 
 FROZEN_DTYPE = "bfloat16"
 
 _SETTING = "model.trainable"
 _LAYER = re.compile(r"^(model\.layers\.)(\d+)(\..+)$")
-_MOST_NAMES = 3
+# Runs of layers above which a notice says what they cost.
+MOST_RUNS = 8
 
 
 def is_trained(name: str, patterns: Sequence[str]) -> bool:
@@ -34,17 +35,14 @@ def with_frozen(table: Sequence[ParamRow], patterns: Sequence[str]) -> tuple[Par
     return tuple(frozen(row) for row in table)
 
 
-def trainable_problems(recipe: Recipe, facts: ModelFacts, table: Sequence[ParamRow]) -> list[Problem]:
-    """Patterns that match nothing, and layers that would have to be split from the others of their buffer."""
+def trainable_problems(recipe: Recipe, table: Sequence[ParamRow]) -> list[Problem]:
+    """Patterns that match nothing."""
     patterns = recipe.model.trainable
     if not patterns:
         return [Problem(_SETTING, "", "must name what is trained", "no pattern is given", "*")]
     names = [row.name for row in stored_rows(table)]
     unmatched = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
-    problems = [_unmatched(pattern, table, names) for pattern in unmatched]
-    if recipe.backend == "xla" and not problems:
-        problems += _split_problems(patterns, names, len(facts.layer_period))
-    return problems
+    return [_unmatched(pattern, table, names) for pattern in unmatched]
 
 
 def _unmatched(pattern: str, table: Sequence[ParamRow], names: Sequence[str]) -> Problem:
@@ -58,35 +56,13 @@ def _unmatched(pattern: str, table: Sequence[ParamRow], names: Sequence[str]) ->
     return Problem(_SETTING, pattern, "matches no weight of the model", f"weights: {', '.join(known)}", fix)
 
 
-def _split_problems(patterns: Sequence[str], names: Sequence[str], period: int) -> list[Problem]:
-    """Weights trained in some layers only: the XLA backend holds all layers of a weight as one array.
-
-    period: of the layers; an array holds those with one remainder by it.
-    """
-    split = _split_weights(patterns, names, period)
-    if not split:
+def run_notices(recipe: Recipe, runs: LayerRuns) -> list[str]:
+    """What it costs to train other weights in every few layers: the XLA backend has a loop for each run."""
+    count = len(runs.runs)
+    if recipe.backend != "xla" or count <= MOST_RUNS:
         return []
-    rule = "must take all layers of a weight or none, because the XLA backend holds them as one array"
-    trained = [next(name for name in held if is_trained(name, patterns)) for held in split.values()]
-    more = f" and {len(trained) - _MOST_NAMES} more" if len(trained) > _MOST_NAMES else ""
-    other = f"not in every layer: {', '.join(trained[:_MOST_NAMES])}{more}"
-    wide = [re.sub(r"^(model\.layers\.)[^.]+", r"\1*", pattern) for pattern in patterns]
-    passing = [*wide, *(f"model.layers.*{suffix}" for _, suffix in _split_weights(wide, names, period))]
-    fix = f"{','.join(dict.fromkeys(passing))}, or backend=torch topology=cpu-1"
-    return [Problem(_SETTING, ",".join(patterns), rule, other, fix)]
-
-
-def _split_weights(
-    patterns: Sequence[str], names: Sequence[str], period: int
-) -> dict[tuple[int, str], list[str]]:
-    """(position in the period, name after the layer's number) -> all names of a weight that is split."""
-    arrays: dict[tuple[int, str], list[str]] = {}
-    for name in names:
-        match = _LAYER.match(name)
-        if match:
-            arrays.setdefault((int(match[2]) % period, match[3]), []).append(name)
-    return {
-        key: held
-        for key, held in arrays.items()
-        if 0 < sum(is_trained(name, patterns) for name in held) < len(held)
-    }
+    return [
+        f"model.trainable cuts the layers into {count} runs of which the same weights are trained. Each is a"
+        " loop of its own in the step, so that tracing and compiling take longer with each; at most"
+        f" {MOST_RUNS} are advised."
+    ]

@@ -120,18 +120,18 @@ def shared_bytes(work: Workload) -> int:
 
 
 def kept_bytes(work: Workload) -> int:
-    """Bytes that all layers keep on a device for the backward pass."""
+    """Bytes that the layers of the backward pass keep for it on a device."""
     return sum(size for name, size in _kept(work) if name not in work.offloaded)
 
 
 def offloaded_bytes(work: Workload) -> int:
-    """Bytes that all layers keep in the host's memory for one device."""
+    """Bytes that they keep in the host's memory for one device."""
     return sum(size for name, size in _kept(work) if name in work.offloaded)
 
 
 def _kept(work: Workload) -> Iterator[tuple[str, int]]:
-    """Names and bytes over all layers: each turn's input, and what the policy names."""
-    layers = work.facts.num_hidden_layers
+    """Names and bytes over all layers that keep something: each turn's input, and what the policy names."""
+    layers = work.back_layers
     yield LAYER_INPUT, layers // work.period * stream_bytes(work)
     for activation in layer_activations(work):
         if activation.name in KEPT[work.remat]:
@@ -155,3 +155,15 @@ def in_flight_bytes(work: Workload, bytes_per_score: float) -> int:
             if activation.name == "query":
                 gradients["attention"] += work.query_gradient_parts * device_bytes(activation, work)
     return work.period * values + max(gradients.values())
+
+
+def forward_bytes(work: Workload, bytes_per_score: float) -> int:
+    """Bytes that the forward pass of a layer works with where no backward pass follows: those of its larger
+    block, and the residual stream."""
+    blocks = {"attention": 0, "mlp": 0}
+    for activation in layer_activations(work):
+        if activation.name == "scores":
+            blocks["attention"] += round(bytes_per_score * device_elements(activation.dims, work))
+        else:
+            blocks[activation.block] += device_bytes(activation, work)
+    return stream_bytes(work) + max(blocks.values())

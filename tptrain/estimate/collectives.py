@@ -77,11 +77,11 @@ def _spread(wanted: _Wanted, mesh: MeshShape) -> Iterator[Collective]:
 
 
 def _weights(work: Workload) -> Iterator[_Wanted]:
-    """Rows are collected where they are used: layers in both passes, the head once for both."""
+    """Rows are collected where they are used: layers in each pass through them, the head once for both."""
     uses = [
         ("layers, forward", work.layer_rows),
         ("head", [work.head]),
-        ("layers, backward", work.layer_rows),
+        ("layers, backward", work.back_rows),
     ]
     for what, rows in uses:
         for axis, (count, elements) in _gathered(rows, work).items():
@@ -123,16 +123,15 @@ def _activations(work: Workload) -> Iterator[_Wanted]:
 
     Of these there are two a layer and pass (Megatron-LM, arXiv:1909.08053).
     """
+    forward, back = work.facts.num_hidden_layers, work.back_layers
     for axis in work.gather_axes(work.embedding):
-        count = 2 * work.micro_batches
+        count = (2 if work.embedding.trainable else 1) * work.micro_batches
         yield _Wanted("all-to-all", axis, "activations: embedding", count, count * stream_bytes(work))
     axes = [axis for axis in work.rules.acts["act_mlp"] or () if work.axis_sizes[axis] > 1]
-    layers = work.facts.num_hidden_layers
-    again = 0 if "after_attention" in KEPT[work.remat] else layers
     uses: Mapping[str, int] = {
-        "embedding, and layers forward": 1 + 2 * layers,
-        "layers computed again": again,
-        "layers backward, and head": 2 * layers + 1,
+        "embedding, and layers forward": 1 + 2 * forward,
+        "layers computed again": 0 if "after_attention" in KEPT[work.remat] else back,
+        "layers backward, and head": 2 * back + 1,
     }
     for axis in axes:
         for what, times in uses.items():

@@ -5,7 +5,6 @@ What the running process itself takes, a few GB of libraries, comes on top.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,8 +24,6 @@ _SAVE_FACTOR = 1.2
 # What an export holds at a time, whatever the model's size: the block of whole rows that is being cast (128
 # MiB at most, if no row is larger) and the pieces on their way to the disk; measured growth 0.10 to 0.14 GB.
 _EXPORT_BYTES = 150_000_000
-
-_LAYER = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
 
 
 @dataclass(frozen=True)
@@ -94,12 +91,10 @@ def _load_bytes(work: Workload, devices_per_host: int) -> int:
 
 
 def _buffers(work: Workload) -> Iterable[list[ParamRow]]:
-    """Rows as they lie in buffers: one by itself, or that of all layers at one place of the period."""
-    groups: dict[object, list[ParamRow]] = {}
+    """Rows as they lie in buffers: one by itself, or those of a run at one place of the period."""
+    groups: dict[str, list[ParamRow]] = {}
     for row in work.table:
-        found = _LAYER.match(row.name)
-        key = (int(found[1]) % work.period, found[2]) if found else row.name
-        groups.setdefault(key, []).append(row)
+        groups.setdefault(work.runs.stack_of(row.name) or row.name, []).append(row)
     return groups.values()
 
 

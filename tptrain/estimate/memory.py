@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tptrain.estimate.activations import (
+    forward_bytes,
     in_flight_bytes,
     kept_bytes,
     logits_bytes,
@@ -144,13 +145,11 @@ def _phases(work: Workload, fitted: Fitted) -> tuple[Phase, ...]:
         "kept activations": kept_bytes(work),
         "masks and rotary tables": shared_bytes(work),
     }
+    of_embedding = {**sums, **gradients, "activations in flight": 2 * stream_bytes(work)}
     return (
         *_loss_phases(work, fitted, in_layers),
-        Phase("backward pass of the layers", {**in_layers, **_layer_parts(work, fitted)}),
-        Phase(
-            "gradient of the embedding",
-            {**sums, **gradients, "activations in flight": 2 * stream_bytes(work)},
-        ),
+        _layer_phase(work, fitted, in_layers),
+        *([Phase("gradient of the embedding", of_embedding)] if work.embedding.trainable else []),
         Phase("update", sums or gradients),
     )
 
@@ -175,22 +174,30 @@ def _loss_phases(work: Workload, fitted: Fitted, in_layers: Mapping[str, int]) -
     return [Phase("loss", {**around, "logits": round(fitted.chunk_logits * logits), **sums})]
 
 
-def _layer_parts(work: Workload, fitted: Fitted) -> dict[str, int]:
-    """What the backward pass of the layers has beside what lives all along."""
-    trained = _trained(work.layer_rows)
+def _layer_phase(work: Workload, fitted: Fitted, in_layers: Mapping[str, int]) -> Phase:
+    """The layers at their largest: their backward pass, or the forward pass where none goes back.
+
+    The forward pass is taken to need as much for each score as the backward pass does, so that its estimate
+    is rather too large.
+    """
+    scores = _bytes_per_score(work, fitted)
+    gathered = {"gathered weights": round(fitted.gathered * _largest(work.layer_rows, work))}
+    if not work.back_layers:
+        flying = {"activations in flight": round(fitted.in_flight * forward_bytes(work, scores))}
+        return Phase("forward pass of the layers", {**in_layers, **gathered, **flying})
     done = _trained({row.name: row for row in (*work.layer_rows, work.head)}.values())
-    matrix, gradient = (
-        max((work.gathered_elements(row) for row in rows), default=0) * work.compute_bytes
-        for rows in (work.layer_rows, trained)
-    )
-    return {
-        "gathered weights": round(fitted.gathered * matrix),
-        "activations in flight": round(
-            fitted.in_flight * in_flight_bytes(work, _bytes_per_score(work, fitted))
-        ),
-        _UNREDUCED: gradient,
+    parts = {
+        **gathered,
+        "activations in flight": round(fitted.in_flight * in_flight_bytes(work, scores)),
+        _UNREDUCED: _largest(_trained(work.layer_rows), work),
         "gradients": _local(done, work) * work.compute_bytes,
     }
+    return Phase("backward pass of the layers", {**in_layers, **parts})
+
+
+def _largest(rows: Iterable[ParamRow], work: Workload) -> int:
+    """Bytes of the largest row as a device computes with it."""
+    return max((work.gathered_elements(row) for row in rows), default=0) * work.compute_bytes
 
 
 def _bytes_per_score(work: Workload, fitted: Fitted) -> float:

@@ -29,8 +29,6 @@ _MAKES = {
     "gate_proj": "gate",
     "up_proj": "up",
 }
-# A forward matrix product, and the two of its backward pass.
-_PASSES = 3
 
 
 @dataclass(frozen=True)
@@ -78,27 +76,27 @@ def attended_pairs(tokens: int, window: int | None) -> int:
 def step_flops(work: Workload) -> Flops:
     """6 x parameters in matrix products x tokens, and causal attention: 12 x N x H a pair of tokens.
 
-    Less for frozen matrices, which have no gradient of their own, and where none goes through the layers.
-    The embedding is a look-up and has none, as long as it is not the head as well. Recomputed: 2 x parameters
-    x tokens and 4 x N x H a pair for the matrix products of a layer whose output the remat policy drops.
+    Less for frozen matrices, which have no gradient of their own, and for layers that no gradient goes
+    through, because nothing in them or below is trained. The embedding is a look-up and has none, as long as
+    it is not the head as well. Recomputed: 2 x parameters x tokens and 4 x N x H a pair for the matrix
+    products of a layer whose output the remat policy drops and the backward pass asks for.
     """
     tokens, kept = step_tokens(work), KEPT[work.remat]
-    products = [row for row in work.layer_rows if len(row.size) == 2]
-    matrices = sum(_passes(row, work) * row.num_elements for row in [*products, work.head])
-    again = sum(row.num_elements for row in products if _is_recomputed(row, kept))
+    forward, back = (
+        [row for row in rows if len(row.size) == 2] for rows in (work.layer_rows, work.back_rows)
+    )
+    once = sum(row.num_elements for row in [*forward, work.head])
+    gone_back = sum(_backward_products(row) * row.num_elements for row in [*back, work.head])
+    again = sum(row.num_elements for row in back if _is_recomputed(row, kept))
     attention = _attention_flops(work)
-    model = 2 * matrices * tokens + (_PASSES if _goes_back(work) else 1) * attention
-    return Flops(model, 2 * again * tokens + _recomputed_part(work) * attention)
+    core_back = attention * work.back_layers / work.facts.num_hidden_layers
+    model = 2 * (once + gone_back) * tokens + attention + 2 * core_back
+    return Flops(model, 2 * again * tokens + _recomputed_part(work) * core_back)
 
 
-def _passes(row: ParamRow, work: Workload) -> int:
-    """Products with a matrix: forward, for the gradient of its input, and for its own where it is trained."""
-    return _PASSES if row.trainable else _PASSES - 1 if _goes_back(work) else 1
-
-
-def _goes_back(work: Workload) -> bool:
-    """Whether gradients go through the layers: something in them, or the embedding below them, is trained."""
-    return any(row.trainable for row in (*work.layer_rows, work.embedding))
+def _backward_products(row: ParamRow) -> int:
+    """Products with a matrix in the backward pass: for the gradient of its input, and for its own."""
+    return 2 if row.trainable else 1
 
 
 def step_tokens(work: Workload) -> int:

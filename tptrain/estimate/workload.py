@@ -14,14 +14,13 @@ from typing import Literal
 
 from tptrain.config.plan import Plan
 from tptrain.config.state_parts import PARAMS
-from tptrain.family import ModelFacts, ParamRow, stored_rows
+from tptrain.family import LayerRuns, ModelFacts, ParamRow, layer_of, layer_runs, stored_rows
 from tptrain.family.table import DTYPE_BYTES
 from tptrain.mesh import RuleTable, Spec
 from tptrain.mesh.rules import split_count
 
 Attention = Literal["plain", "splash"]
 
-_LAYERS = "model.layers."
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
 
@@ -82,7 +81,23 @@ class Workload:
 
     @cached_property
     def layer_rows(self) -> tuple[ParamRow, ...]:
-        return tuple(row for row in self.table if row.name.startswith(_LAYERS))
+        return tuple(row for row in self.table if layer_of(row.name))
+
+    @cached_property
+    def runs(self) -> LayerRuns:
+        """The layers that one loop computes together."""
+        return layer_runs(self.table, self.period)
+
+    @property
+    def back_layers(self) -> int:
+        """How many layers, from the top, the backward pass goes through; those below keep nothing for it."""
+        return self.facts.num_hidden_layers - self.runs.first_back
+
+    @cached_property
+    def back_rows(self) -> tuple[ParamRow, ...]:
+        """The rows of these layers, frozen ones included."""
+        layers = ((row, layer_of(row.name)) for row in self.layer_rows)
+        return tuple(row for row, found in layers if found and found[0] >= self.runs.first_back)
 
     @cached_property
     def embedding(self) -> ParamRow:

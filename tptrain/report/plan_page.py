@@ -16,6 +16,9 @@ from tptrain.mesh import Spec
 from tptrain.report.estimate_page import estimate_blocks, estimate_json
 from tptrain.report.param_lines import ParamLine, param_lines, row_device_bytes
 
+# Runs of layers that are listed one by one.
+_MOST_RUNS = 6
+
 
 def num_parameters(plan: Plan) -> int:
     """Numbers of the model, trained or frozen, padding not counted."""
@@ -117,6 +120,7 @@ def size_sentences(plan: Plan) -> list[str]:
     return [
         f"Vocabulary: {vocab:,}, {padding}.",
         f"Trained: {_trained(plan)} by {recipe.optim.name}.",
+        *_runs_sentence(plan),
         f"State per device: {bytes_text(state)}{share} ({by_part}; without activations and gradients);"
         f" compute in {recipe.precision.compute}, remat {recipe.remat.policy}.",
     ]
@@ -132,6 +136,21 @@ def _trained(plan: Plan) -> str:
         f"{trained:,} parameters in {plan.recipe.precision.master} ({100 * trained / total:.3g} %;"
         f" {frozen:,} are frozen in {FROZEN_DTYPE})"
     )
+
+
+def _runs_sentence(plan: Plan) -> list[str]:
+    """Where layers are cut and where the backward pass ends; nothing to say where they are all alike."""
+    cut = plan.layer_runs
+    if plan.recipe.backend != "xla" or len(cut.runs) == 1:
+        return []
+    listed = ", ".join(_layers_text(run) for run in cut.runs[:_MOST_RUNS])
+    more = f" and {len(cut.runs) - _MOST_RUNS} more" if len(cut.runs) > _MOST_RUNS else ""
+    back = f"; below layer {cut.first_back} nothing is kept and nothing goes back" if cut.first_back else ""
+    return [f"Layers: {len(cut.runs)} runs of which the same weights are trained, {listed}{more}{back}."]
+
+
+def _layers_text(run: range) -> str:
+    return f"{run[0]}..{run[-1]}" if len(run) > 1 else f"{run[0]}"
 
 
 def spec_text(spec: Spec) -> str:

@@ -50,9 +50,8 @@ class XlaBackend:
         self.works_beside_host = xr.device_type() != "CPU"
         self.mesh = DeviceMesh(plan.mesh, order)
         self.local_positions = self.mesh.local_positions
-        period = len(plan.facts.layer_period)
         parts = plan.parts.values()
-        self.layouts = {part.name: Layout.stacked(part.rows, part.specs, period) for part in parts}
+        self.layouts = {part.name: Layout.stacked(part.rows, part.specs, plan.layer_runs) for part in parts}
         self.layout = self.layouts[PARAMS]
 
     def decoder(self) -> Decoder:
@@ -62,6 +61,7 @@ class XlaBackend:
             splash = SplashKernel(self.mesh, plan.rules.acts, plan.splash)
         apply_passes(
             decoder,
+            plan.layer_runs,
             self.layout,
             self.mesh,
             plan.rules,
@@ -128,13 +128,16 @@ class XlaBackend:
         return self.mesh.place_full(full, spec)
 
     def make_caches(self, rows: int, length: int, dtype: torch.dtype) -> Tensors:
-        """Empty key and value caches: per position of the layer period, [layers, rows, length, K, H]."""
-        facts = self.plan.facts
+        """Empty key and value caches: of each run and position in its period, [turns, rows, length, K, H]."""
+        facts, runs = self.plan.facts, self.plan.layer_runs
         spec = ((), *spec_of(_CACHE_DIMS, self.plan.rules.acts))
-        layers = facts.num_hidden_layers // len(facts.layer_period)
-        shape = (layers, rows, length, facts.num_key_value_heads, facts.head_dim)
-        names = [f"{part}.{i}" for i in range(len(facts.layer_period)) for part in ("key", "value")]
-        return {name: self._zero(shape, spec, dtype) for name in names}
+        shape = (rows, length, facts.num_key_value_heads, facts.head_dim)
+        turns = [len(layers) // runs.period for layers in runs.runs for _ in range(runs.period)]
+        return {
+            f"{part}.{i}": self._zero((count, *shape), spec, dtype)
+            for i, count in enumerate(turns)
+            for part in ("key", "value")
+        }
 
     def apart(self, numbers: Tensors, index: int) -> Tensors:
         # A barrier around the numbers and one that no other buffer has: XLA joins only equal instructions.

@@ -30,6 +30,7 @@ _SCHEMA: dict[str, tuple[tuple[str, int, str, bool], ...]] = {
     ),
     "Instruction": (
         ("opcode", 2, "string", False),
+        ("shape", 3, "Shape", False),
         ("parameter_number", 9, "int64", False),
         ("tuple_index", 13, "int64", False),
         ("id", 35, "int64", False),
@@ -37,6 +38,7 @@ _SCHEMA: dict[str, tuple[tuple[str, int, str, bool], ...]] = {
         ("called_computation_ids", 38, "int64", True),
         ("sharding", 40, "bytes", False),
     ),
+    "Shape": (("element_type", 2, "int64", False),),
     "Donors": (("entries", 1, "Donor", True),),
     "Donor": (("parameter_number", 1, "int64", False),),
 }
@@ -44,6 +46,9 @@ _SCHEMA: dict[str, tuple[tuple[str, int, str, bool], ...]] = {
 _TYPES = {"int64": _KIND.TYPE_INT64, "bytes": _KIND.TYPE_BYTES, "string": _KIND.TYPE_STRING}
 # How torch_xla names a computation that it has traced by itself, such as the body of a scan.
 _TRACED = "FnComputation"
+
+# F16, F32, F64 and BF16 of xla/xla_data.proto.
+_FLOATS = (10, 11, 12, 16)
 
 # Where a value comes from: the number of a parameter of the entry, the parts of a tuple, or elsewhere.
 Origin = Any
@@ -79,7 +84,9 @@ def annotate(proto: bytes, shardings: Mapping[int, bytes], donors: Iterable[int]
     """The module with the shardings of its entry's parameters, and those that it may write its results into.
 
     shardings: parameter number -> serialized OpSharding. They are also stated where a body that torch_xla has
-    traced is handed such a parameter as it is: that is the same data to it, so it states them there, too.
+    traced is handed such a parameter as it is: that is the same data to it, so it states them there, too. And
+    where a parameter is cast to another format, whose sharding torch_xla hands on; not where an integer is
+    made wider to be compared, which is no tensor to it.
     """
     module = read_module(proto)
     computations = {computation.id: computation for computation in module.computations}
@@ -103,13 +110,15 @@ class _Annotator:
         for instruction in computation.instructions:
             operands = [origins[operand] for operand in instruction.operand_ids]
             origin = origins[instruction.id] = self._origin(instruction, operands, arguments)
-            if traced and instruction.opcode == "parameter" and isinstance(origin, int):
+            if traced and instruction.opcode == "parameter":
                 self._state(instruction, origin)
+            elif traced and _is_cast(instruction):
+                self._state(instruction, operands[0])
         return origins[computation.root_id]
 
-    def _state(self, parameter: Any, origin: int) -> None:
-        if origin in self._shardings:
-            parameter.sharding = self._shardings[origin]
+    def _state(self, instruction: Any, origin: Origin) -> None:
+        if isinstance(origin, int) and origin in self._shardings:
+            instruction.sharding = self._shardings[origin]
 
     def _origin(self, instruction: Any, operands: list[Origin], arguments: Sequence[Origin] | None) -> Origin:
         if instruction.opcode == "parameter":
@@ -138,6 +147,10 @@ class _Annotator:
         """Where the state after one pass comes from: the computation whose result is a tuple is the body."""
         results = [self.visit(computation, [state]) for computation in called]
         return next((result for result in results if isinstance(result, tuple)), None)
+
+
+def _is_cast(instruction: Any) -> bool:
+    return instruction.opcode == "convert" and instruction.shape.element_type in _FLOATS
 
 
 def _common(one: Origin, other: Origin) -> Origin:

@@ -20,6 +20,7 @@ from tptrain.backends.xla.scan import Keeper, scan_caches, scan_layers, scan_par
 from tptrain.backends.xla.sharding import DeviceMesh
 from tptrain.backends.xla.splash import SplashKernel, splash_core
 from tptrain.config.remat import KEPT
+from tptrain.family import LayerRuns
 from tptrain.mesh import RuleTable, spec_of
 from tptrain.models.attention import KVCache
 from tptrain.models.decoder import Decoder, LayerContext
@@ -36,6 +37,7 @@ WRITTEN_GRADIENTS = frozenset({"mlp_hidden"})
 
 def apply_passes(
     decoder: Decoder,
+    runs: LayerRuns,
     layout: Layout,
     mesh: DeviceMesh,
     rules: RuleTable,
@@ -46,6 +48,7 @@ def apply_passes(
 ) -> None:
     """Turn a decoder on `meta` into the one that runs on the mesh, in place.
 
+    runs:      the layers that are scanned together.
     remat:     the remat policy. offloaded: what it keeps in the host's memory on these devices.
     splash:    the attention kernel; None leaves attention as the decoder states it.
     products_are_cut_up: whether the compiler may run a product in steps beside the exchange of what it needs.
@@ -64,10 +67,15 @@ def apply_passes(
         decoder.attention_core = splash_core(splash, decoder.marks)
     layers = decoder.model.layers
     assert isinstance(layers, nn.ModuleList)
-    period = [layers[i] for i in range(len(decoder.facts.layer_period))]
     assert decoder.loss_chunks is not None
     shards = decoder.loss_chunks.shards if products_are_cut_up else None
-    decoder.model.layers = ScannedLayers(period, keeper, layout, mesh, shards)
+    scanned = [
+        ScannedLayers(
+            [layers[run.start + j] for j in range(runs.period)], keeper, layout, runs.prefix(i), mesh, shards
+        )
+        for i, run in enumerate(runs.runs)
+    ]
+    decoder.model.layers = scanned[0] if len(scanned) == 1 else ChainedRuns(scanned)
     decoder.loss_chunks = dataclasses.replace(decoder.loss_chunks, loop=scan_parts)
 
 
@@ -91,9 +99,10 @@ class _WrittenGradient(torch.autograd.Function):
 
 
 class ScannedLayers(nn.Module):
-    """The decoder's layers as one loop over stacked parameters; stands where the list of layers stood.
+    """A run of the decoder's layers as one loop over stacked parameters.
 
     Its own parameters are named `period.<position>.<parameter>` and have a leading layer dim.
+    prefix:       what the names of its buffers begin with in the layout.
     batch_shards: into how many parts the rows of a batch are split, where gradients may be made transposed.
     """
 
@@ -102,12 +111,13 @@ class ScannedLayers(nn.Module):
         period: Sequence[nn.Module],
         keeper: Keeper,
         layout: Layout,
+        prefix: str,
         mesh: DeviceMesh,
         batch_shards: int | None,
     ):
         super().__init__()
         self.period = nn.ModuleList(period)
-        self._keeper, self._layout, self._mesh = keeper, layout, mesh
+        self._keeper, self._layout, self._prefix, self._mesh = keeper, layout, prefix, mesh
         self._batch_shards = batch_shards
 
     def forward(
@@ -128,7 +138,7 @@ class ScannedLayers(nn.Module):
             turned = _turned(stacked, x.shape[0] * x.shape[1] // shards)
 
         def constrain(name: str, gradient: torch.Tensor) -> torch.Tensor:
-            spec = self._layout.buffers[f"model.layers.{name}"].row_spec
+            spec = self._layout.buffers[f"{self._prefix}{name}"].row_spec
             return self._mesh.mark(gradient, tuple(reversed(spec)) if name in turned else spec)
 
         return scan_layers(one_period, self._keeper, constrain, x, stacked, turned), []
@@ -147,6 +157,25 @@ class ScannedLayers(nn.Module):
         flat = [tensor for cache in caches for tensor in (cache.key, cache.value)]
         x, flat = scan_caches(one_period, x, stacked, flat)
         return x, [KVCache(flat[i], flat[i + 1]) for i in range(0, len(flat), 2)]
+
+
+class ChainedRuns(nn.ModuleList):
+    """Several runs of layers, each a loop of its own; their parameters are named `<run>.period. ...`."""
+
+    def __init__(self, runs: Sequence[ScannedLayers]):
+        super().__init__(runs)
+
+    def forward(
+        self, x: torch.Tensor, context: LayerContext, caches: Sequence[KVCache] | None = None
+    ) -> tuple[torch.Tensor, Sequence[KVCache]]:
+        """x [B, T, D]; caches, if any, those of each run after those of the run below."""
+        written: list[KVCache] = []
+        of_run = 0 if caches is None else len(caches) // len(self)
+        for index, run in enumerate(self):
+            own = None if caches is None else caches[index * of_run : (index + 1) * of_run]
+            x, new = run(x, context, own)
+            written += new
+        return x, written
 
 
 def _turned(stacked: Tensors, device_tokens: int) -> frozenset[str]:

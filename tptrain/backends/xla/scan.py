@@ -141,12 +141,24 @@ def scan_layers(
 ) -> torch.Tensor:
     """Run `function` over the leading dim of every tensor in `stacked`, with gradients.
 
+    Where neither `x` nor a parameter needs one, nothing is kept and there is no backward loop.
+
     function:  one layer; it may close over tensors that all layers share and that need no gradient.
     constrain: (name, gradient of one layer's parameter) -> the gradient, its sharding stated.
     turned:    names of matrices whose gradients are made, and handed to `constrain`, transposed.
     """
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *stacked.values()))):
+        return _scan_forward(function, x, stacked)
     names = tuple(stacked)
     return _ScanLayers.apply(function, keeper, constrain, turned, names, x, *stacked.values())
+
+
+def _scan_forward(function: LayerFunction, x: torch.Tensor, stacked: Tensors) -> torch.Tensor:
+    def body(carry, layer):
+        return function(carry, dict(zip(stacked, layer, strict=True))), ()
+
+    with torch.no_grad():
+        return _scan_impl_pytree(body, x, list(stacked.values()))[0]
 
 
 def scan_caches(function, x: torch.Tensor, stacked: Tensors, caches: list[torch.Tensor]):
