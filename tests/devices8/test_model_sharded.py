@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from functools import cache
 from typing import Any
 
@@ -15,10 +17,13 @@ from tptrain.backends.base import Tensors
 from tptrain.backends.torch_backend import TorchBackend
 from tptrain.backends.xla.backend import XlaBackend
 from tptrain.config import Plan
+from tptrain.config.planning import plan_recipe
+from tptrain.config.schema import CompilerSection
 from tptrain.train.step import loss_and_gradients
 
 CONFIGS = {False: small.LLAMA3, True: small.LLAMA3_TIED}
 IDENTITY = tuple(range(8))
+COLLECTIVE_MATMUL = "xla_jf_spmd_threshold_for_windowed_einsum_mib"
 PERMUTED = (6, 2, 7, 3, 4, 0, 5, 1)
 
 # fsdp, tensor, tied, order
@@ -93,6 +98,27 @@ def test_gradients_equal_the_torch_backend(remat: str, tied: bool) -> None:
         rows = theirs.shape[0]
         assert small.difference(ours[name][:rows], theirs) <= 1e-5, name
         assert not ours[name][rows:].any(), f"the padding of {name} must not learn"
+
+
+@pytest.mark.parametrize(("flags", "cut_up"), [("auto", True), (f"--{COLLECTIVE_MATMUL}=1000000", False)])
+def test_gradients_are_the_same_where_tall_matrices_turn_theirs(flags: str, cut_up: bool) -> None:
+    """Two rows of 64 tokens a device are more than the 120 columns of gate and up, which have 176 rows."""
+    weights = small.weights_of(small.reference())
+    plan = small.small_plan(4, 2, remat="full", length=64)
+    recipe = dataclasses.replace(plan.recipe, compiler=CompilerSection(tpu_flags=flags))
+    plan = plan_recipe(recipe, environ={})
+    backend = XlaBackend(plan, PERMUTED)
+    loss, ours = gradients_of(backend, plan, weights)
+    module = torch_xla._XLAC._get_xla_tensors_hlo([loss, *ours.values()])
+    # A sharding is stated for the gradient of down, and for those of gate and up where they are turned.
+    stated = re.findall(r"f32\[120,176\]\S* custom-call\(.*custom_call_target=\"Sharding\"", module)
+    assert len(stated) == (3 if cut_up else 1)
+    whole = small.whole_rows(backend, plan, ours)
+    oracle = small.torch_plan(length=64)
+    expected_loss, expected = gradients_of(TorchBackend(oracle), oracle, weights)
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-6)
+    for name, theirs in expected.items():
+        assert small.difference(whole[name][: theirs.shape[0]], theirs) <= 1e-5, name
 
 
 def test_remat_policies_differ_in_the_products_they_compute_again() -> None:

@@ -147,7 +147,7 @@ StepFunction = Callable[[Tensors, Tensors], tuple[Tensors, Tensors]]
 
 # (numbers, index of a buffer) -> the same numbers, for this buffer alone: see `Backend.apart`.
 Apart = Callable[[Tensors, int], Tensors]
-# What `Backend.in_order` is.
+# (earlier, later) -> the same values, in that order: see `Backend.in_order`.
 InOrder = Callable[[list[torch.Tensor], Tensors], tuple[list[torch.Tensor], Tensors]]
 
 

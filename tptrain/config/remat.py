@@ -17,7 +17,7 @@ _PRODUCTS = _ATTENTION | {"query", "key", "value", "gate", "up"}
 # Policy -> the marked activations that are kept instead of computed again. Where attention's results are
 # kept, its forward kernel does not run in the backward pass; the softmax of plain attention is made of its
 # scores again under every policy. What leaves attention through its output projection is computed again from
-# the attended values under "dots": one small product, for a tenth of the memory.
+# the attended values under "dots": one small product, for a tensor of the size of the layer's input.
 KEPT: dict[str, frozenset[str]] = {
     "none": _PRODUCTS | {"scores", "attention_input", "after_attention", "mlp_input", "mlp_hidden"},
     "dots": _PRODUCTS,

@@ -26,8 +26,7 @@ from tptrain.models.attention import KVCache
 from tptrain.models.decoder import Decoder, LayerContext
 
 # Marked activations that are written to memory before they are read. A matrix product that takes its operand
-# through the slice of a scan's input is a fifth slower (libtpu 0.0.24's estimate for
-# v5p).
+# through the slice of a scan's input is a fifth slower (libtpu 0.0.24's estimate for v5p).
 WRITTEN = frozenset({"chunk"})
 # And those whose gradients are, where products are cut up: with the derivative of the MLP's gate folded into
 # its end, which gives three results, the product before it is estimated at half of the speed. Products that
