@@ -113,6 +113,8 @@ def test_gradients_are_the_same_where_tall_matrices_turn_theirs(flags: str, cut_
     # A sharding is stated for the gradient of down, and for those of gate and up where they are turned.
     stated = re.findall(r"f32\[120,176\]\S* custom-call\(.*custom_call_target=\"Sharding\"", module)
     assert len(stated) == (3 if cut_up else 1)
+    for name, gradient in ours.items():
+        backend.mesh.mark(gradient, backend.layout.buffers[name].spec)
     whole = small.whole_rows(backend, plan, ours)
     oracle = small.torch_plan(length=64)
     expected_loss, expected = gradients_of(TorchBackend(oracle), oracle, weights)
