@@ -135,7 +135,7 @@ MODELS = [
     ),
     BadInput(
         "unknown family",
-        "model.config.model_type", "lama", "not a known model family", "known: llama", "'llama'",
+        "model.config.model_type", "lama", "not a known model family", "known: gemma2, ", "'llama'",
         ("model.config.model_type=lama",), mended=("model.config.model_type=llama",),
     ),
     BadInput(

@@ -165,7 +165,7 @@ def without_positions(patch: pytest.MonkeyPatch) -> None:
 
 def with_another_norm_epsilon(patch: pytest.MonkeyPatch) -> None:
     original = norms.RMSNorm.__init__
-    patch.setattr(norms.RMSNorm, "__init__", lambda self, size, eps: original(self, size, 1e-6))
+    patch.setattr(norms.RMSNorm, "__init__", lambda self, size, eps, scale: original(self, size, 1e-6, scale))
 
 
 def without_norm_scale(patch: pytest.MonkeyPatch) -> None:
@@ -221,11 +221,14 @@ def test_a_broken_tie_shows() -> None:
 
 @pytest.mark.parametrize("kind", ["attention", "mlp"])
 def test_a_forgotten_bias_shows(kind: str) -> None:
-    part = {"attention": "self_attn", "mlp": "mlp"}[kind]
+    part, facts = {
+        "attention": ("self_attn", ("qkv_bias", "attention_output_bias")),
+        "mlp": ("mlp", ("mlp_bias",)),
+    }[kind]
     weights = small.weights_of(model_of("biases"))
     kept = {n: t for n, t in weights.items() if not (n.endswith(".bias") and f".{part}." in n)}
     assert len(kept) < len(weights)
-    assert gap("biases", "packed", kept, **{f"{kind}_bias": False}) >= BROKEN
+    assert gap("biases", "packed", kept, **dict.fromkeys(facts, False)) >= BROKEN
 
 
 # Masks and the cache against loops.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tptrain.config.schema import ModelSection
 from tptrain.config.settings import shown
 from tptrain.errors import Problem, ProblemsError, nearest
-from tptrain.family import ModelFacts, facts_from_config
+from tptrain.family import ModelFacts, ReadConfig, read_config
 
 Config = Mapping[str, Any]
 
@@ -20,13 +20,8 @@ _PASSED_ON = (
     *_TOKEN_IDS,
     *("use_cache", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "name_or_path"),
 )
-# Fields that the family reads besides those named like facts.
-_READ = (
-    *("model_type", "architectures", "hidden_act", "attention_dropout", "pretraining_tp"),
-    *("rope_theta", "rope_scaling", "rope_parameters"),
-)
-_NOT_FIELDS = ("family", "rope", "layer_period")
-_ROPE_FIELDS = {"kind": "rope_parameters.rope_type", "theta": "rope_theta"}
+# Old spellings of what `rope_parameters` says.
+_OLD_SPELLINGS = ("rope_scaling", "rope_local_base_freq")
 
 
 @dataclass(frozen=True)
@@ -39,12 +34,16 @@ class ConfigsAtHand:
 
 @dataclass(frozen=True)
 class ChosenConfig:
-    """The config that describes the model and the facts in it; both None when there are problems."""
+    """The config that describes the model and the facts in it; both None when there are problems.
+
+    read: what the family found in the config; None for an unknown family.
+    """
 
     config: Config | None
     facts: ModelFacts | None
     problems: tuple[Problem, ...] = ()
     notices: tuple[str, ...] = ()
+    read: ReadConfig | None = None
 
 
 def choose_config(model: ModelSection, at_hand: ConfigsAtHand) -> ChosenConfig:
@@ -54,7 +53,8 @@ def choose_config(model: ModelSection, at_hand: ConfigsAtHand) -> ChosenConfig:
             return ChosenConfig(None, None, (_no_config(model),))
         return _read(at_hand.checkpoint, f"config.json of {model.pretrained}")
     if isinstance(model.config, dict):
-        chosen, unknown = _read(model.config, None), _unknown_fields(model.config)
+        chosen = _read(model.config, None)
+        unknown = _unknown_fields(model.config, chosen.read) if chosen.read else []
     else:
         assert at_hand.file is not None, "the file that model.config names must be read before"
         chosen, unknown = _read(at_hand.file, model.config), []
@@ -82,17 +82,17 @@ def _no_config(model: ModelSection) -> Problem:
 
 def _read(config: Config, origin: str | None) -> ChosenConfig:
     """Facts and problems of one config. origin: where it comes from, None for the recipe itself."""
-    problems: tuple[Problem, ...] = ()
-    facts = None
+    read: ReadConfig | None = None
     try:
-        facts = facts_from_config(config)
+        read = read_config(config)
+        problems = read.problems
     except ProblemsError as error:
         problems = error.problems
     if config.get("quantization_config") is not None:
         problems += (_quantised(config["quantization_config"]),)
     if origin is not None:
         problems = tuple(dataclasses.replace(p, other=f"{p.other}; {origin}") for p in problems)
-    return ChosenConfig(config, None if problems else facts, problems)
+    return ChosenConfig(config, read.facts if read and not problems else None, problems, read=read)
 
 
 def _quantised(given: object) -> Problem:
@@ -102,10 +102,9 @@ def _quantised(given: object) -> Problem:
     return Problem(setting, method, rule, other, "a checkpoint that is not quantised")
 
 
-def _unknown_fields(config: Config) -> list[Problem]:
+def _unknown_fields(config: Config, read: ReadConfig) -> list[Problem]:
     """Fields of the recipe's own config that nothing would read, such as a misspelled one."""
-    names = [field.name for field in dataclasses.fields(ModelFacts) if field.name not in _NOT_FIELDS]
-    known = sorted([*names, *_READ, *_PASSED_ON])
+    known = sorted({*read.asked, *_PASSED_ON})
     problems = []
     for field in config:
         if field not in known and field != "quantization_config":
@@ -122,7 +121,8 @@ def _compared(chosen: ChosenConfig, checkpoint: Config, source: str) -> ChosenCo
     theirs = _read(checkpoint, f"config.json of {source}")
     if theirs.facts is None or chosen.facts is None or chosen.config is None:
         return ChosenConfig(None, None, (*chosen.problems, *theirs.problems))
-    differences = fact_differences(chosen.facts, theirs.facts, chosen.config, source)
+    assert chosen.read is not None and theirs.read is not None
+    differences = field_differences(chosen.read, theirs.read, chosen.config, source)
     if differences or chosen.problems:
         return ChosenConfig(None, chosen.facts, (*chosen.problems, *differences))
     merged = {**checkpoint, **chosen.config}
@@ -134,36 +134,43 @@ def _compared(chosen: ChosenConfig, checkpoint: Config, source: str) -> ChosenCo
     return ChosenConfig(merged, chosen.facts, (), notices)
 
 
-def fact_differences(ours: ModelFacts, theirs: ModelFacts, given: Config, source: str) -> list[Problem]:
-    """One problem per architecture fact in which the recipe and the checkpoint differ.
+def field_differences(ours: ReadConfig, theirs: ReadConfig, given: Config, source: str) -> list[Problem]:
+    """One problem per field in which the recipe and the checkpoint describe different models.
 
     given: the recipe's config, to tell what it says from what it leaves to a default.
     """
-    mine, other = _by_field(ours), _by_field(theirs)
+    mine, other = described(ours), described(theirs)
     problems = []
-    for field in mine:
-        if mine[field] != other[field]:
-            value = shown(mine[field]) if _gives(given, field) else f"{shown(mine[field])} (not given)"
-            passing = shown(other[field])
+    for name in sorted({*mine, *other}):
+        if mine.get(name) != other.get(name):
+            value = shown(mine.get(name)) if _gives(given, name) else f"{shown(mine.get(name))} (not given)"
+            passing = shown(other.get(name))
             fix = f"{passing}, or model.config=pretrained to take all of them"
-            rule, compared = "must equal the checkpoint's", f"{source} has {field}={passing}"
-            problems.append(Problem(f"model.config.{field}", value, rule, compared, fix))
+            rule, compared = "must equal the checkpoint's", f"{source} has {name}={passing}"
+            problems.append(Problem(f"model.config.{name}", value, rule, compared, fix))
     return problems
 
 
-def _gives(config: Config, field: str) -> bool:
+def _gives(config: Config, name: str) -> bool:
     """Whether a config says something of a field, in either spelling of RoPE."""
-    top = field.partition(".")[0]
+    top = name.partition(".")[0]
     if top.startswith("rope_"):
         return any(name in config for name in ("rope_parameters", "rope_scaling", "rope_theta"))
     return top in config
 
 
-def _by_field(facts: ModelFacts) -> dict[str, object]:
-    """Facts by the name that a config.json gives them."""
-    plain = {f.name: getattr(facts, f.name) for f in dataclasses.fields(facts) if f.name not in _NOT_FIELDS}
-    rope = {
-        _ROPE_FIELDS.get(f.name, f"rope_parameters.{f.name}"): getattr(facts.rope, f.name)
-        for f in dataclasses.fields(facts.rope)
-    }
-    return {"model_type": facts.family, **plain, **rope}
+def described(read: ReadConfig) -> dict[str, object]:
+    """What makes a model the one it is, field by field: `rope_parameters.factor` is one of them."""
+    fields = {"model_type": read.family.model_type, **read.fields}
+    leaves = dict(_leaves({name: value for name, value in fields.items() if name not in _OLD_SPELLINGS}))
+    # One theta is told under the name that most configs use, several by the layers they are for.
+    has_one = leaves.pop("rope_parameters.rope_theta", None) is not None
+    return leaves if has_one else {name: value for name, value in leaves.items() if name != "rope_theta"}
+
+
+def _leaves(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

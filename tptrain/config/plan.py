@@ -64,8 +64,8 @@ class Plan:
 
     @cached_property
     def layer_runs(self) -> LayerRuns:
-        """The layers in runs of which the same weights are trained: a stack of the XLA backend is in one."""
-        return layer_runs(stored_rows(self.table), len(self.facts.layer_period))
+        """The layers in runs that one loop computes: a stack of the XLA backend is in one."""
+        return layer_runs(stored_rows(self.table), self.facts.layer_kinds)
 
     @property
     def device_rows(self) -> int:

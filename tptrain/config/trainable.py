@@ -15,8 +15,8 @@ FROZEN_DTYPE = "bfloat16"
 
 _SETTING = "model.trainable"
 _LAYER = re.compile(r"^(model\.layers\.)(\d+)(\..+)$")
-# Runs of layers above which a notice says what they cost.
-MOST_RUNS = 8
+# Layers in the periods of loops above which a notice says what they cost.
+MOST_TRACED = 8
 
 
 def is_trained(name: str, patterns: Sequence[str]) -> bool:
@@ -58,11 +58,10 @@ def _unmatched(pattern: str, table: Sequence[ParamRow], names: Sequence[str]) ->
 
 def run_notices(recipe: Recipe, runs: LayerRuns) -> list[str]:
     """What it costs to train other weights in every few layers: the XLA backend has a loop for each run."""
-    count = len(runs.runs)
-    if recipe.backend != "xla" or count <= MOST_RUNS:
+    if recipe.backend != "xla" or recipe.model.trainable == ("*",) or runs.traced <= MOST_TRACED:
         return []
     return [
-        f"model.trainable cuts the layers into {count} runs of which the same weights are trained. Each is a"
-        " loop of its own in the step, so that tracing and compiling take longer with each; at most"
-        f" {MOST_RUNS} are advised."
+        f"model.trainable leaves few layers alike: the step has {len(runs.runs)} loops over layers, which"
+        f" compute {runs.traced} in a turn of each. Tracing and compiling take longer with each layer in a"
+        f" turn; at most {MOST_TRACED} are advised."
     ]

@@ -112,11 +112,11 @@ def logits_bytes(work: Workload) -> int:
 
 def shared_bytes(work: Workload) -> int:
     """Bytes of what all layers read and none changes: rotary tables, and the masks of the plain core."""
-    rotary = 2 * device_elements((*_TOKENS, "act_head_dim"), work) * work.compute_bytes
+    tables = 2 * len(work.facts.ropes)
+    rotary = tables * device_elements((*_TOKENS, "act_head_dim"), work) * work.compute_bytes
     if work.attention == "splash":
         return rotary
-    windows = {kind.window for kind in work.facts.layer_period}
-    return rotary + len(windows) * device_elements((*_TOKENS, "act_keys"), work)
+    return rotary + len(work.facts.windows) * device_elements((*_TOKENS, "act_keys"), work)
 
 
 def kept_bytes(work: Workload) -> int:
@@ -132,7 +132,7 @@ def offloaded_bytes(work: Workload) -> int:
 def _kept(work: Workload) -> Iterator[tuple[str, int]]:
     """Names and bytes over all layers that keep something: each turn's input, and what the policy names."""
     layers = work.back_layers
-    yield LAYER_INPUT, layers // work.period * stream_bytes(work)
+    yield LAYER_INPUT, work.back_turns * stream_bytes(work)
     for activation in layer_activations(work):
         if activation.name in KEPT[work.remat]:
             yield activation.name, layers * device_bytes(activation, work)

@@ -113,8 +113,8 @@ def _is_recomputed(row: ParamRow, kept: frozenset[str]) -> bool:
 def _attention_flops(work: Workload) -> float:
     """Of the forward passes of a step: scores and weighted values of the pairs that the mask lets through."""
     facts = work.facts
-    pairs = sum(attended_pairs(work.tokens, kind.window) for kind in facts.layer_period)
-    rows = work.rows * work.micro_batches * (facts.num_hidden_layers // work.period)
+    pairs = sum(attended_pairs(work.tokens, kind.window) for kind in facts.layer_kinds)
+    rows = work.rows * work.micro_batches
     return 4.0 * facts.num_attention_heads * facts.head_dim * pairs * rows
 
 

@@ -76,8 +76,8 @@ class Workload:
 
     @property
     def period(self) -> int:
-        """Layers that one turn of the scan runs."""
-        return len(self.facts.layer_period)
+        """Layers that one turn of the longest loop runs."""
+        return max(self.runs.runs, key=lambda run: len(run.layers)).period
 
     @cached_property
     def layer_rows(self) -> tuple[ParamRow, ...]:
@@ -86,7 +86,12 @@ class Workload:
     @cached_property
     def runs(self) -> LayerRuns:
         """The layers that one loop computes together."""
-        return layer_runs(self.table, self.period)
+        return layer_runs(self.table, self.facts.layer_kinds)
+
+    @property
+    def back_turns(self) -> int:
+        """Turns of the loops of the backward pass; each keeps what it was given."""
+        return sum(run.turns for run in self.runs.runs if run.layers.start >= self.runs.first_back)
 
     @property
     def back_layers(self) -> int:

@@ -1,21 +1,25 @@
 """Model families: Hugging Face config in, facts and parameter table out. No framework is imported."""
 
-from tptrain.family.facts import LayerKind, ModelFacts, RopeFacts
-from tptrain.family.layer_runs import LayerRuns, layer_of, layer_runs
-from tptrain.family.registry import FAMILIES, facts_from_config, parameter_table
+from tptrain.family.facts import AttentionKind, LayerKind, ModelFacts, RopeFacts
+from tptrain.family.layer_runs import LayerRun, LayerRuns, layer_of, layer_runs
+from tptrain.family.registry import ReadConfig, facts_from_config, families, parameter_table, read_config
 from tptrain.family.table import PARAM_DIMS, ParamRow, stored_rows
 
 __all__ = [
-    "FAMILIES",
     "PARAM_DIMS",
+    "AttentionKind",
     "LayerKind",
+    "LayerRun",
     "LayerRuns",
     "ModelFacts",
     "ParamRow",
+    "ReadConfig",
     "RopeFacts",
     "facts_from_config",
+    "families",
     "layer_of",
     "layer_runs",
     "parameter_table",
+    "read_config",
     "stored_rows",
 ]

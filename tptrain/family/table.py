@@ -58,9 +58,9 @@ def matrix(name: str, dims: tuple[str, ...], size: tuple[int, ...]) -> ParamRow:
     return ParamRow(name, dims, size, size)
 
 
-def norm_scale(name: str, size: int) -> ParamRow:
-    """The scale of a norm: ones at the start, no weight decay."""
-    return ParamRow(name, ("norm",), (size,), (size,), init="ones", decay=False)
+def norm_scale(name: str, size: int, init: Init = "ones") -> ParamRow:
+    """The scale of a norm: no weight decay."""
+    return ParamRow(name, ("norm",), (size,), (size,), init=init, decay=False)
 
 
 def bias(name: str, dim: str, size: int) -> ParamRow:

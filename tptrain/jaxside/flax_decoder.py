@@ -16,7 +16,7 @@ from flax import nnx
 
 from tptrain.errors import Problem, nearest, raise_if_any
 from tptrain.family import ModelFacts, parameter_table, stored_rows
-from tptrain.jaxside.flax_layers import Body, Linear, Params, layer_list, under, widened
+from tptrain.jaxside.flax_layers import Body, Linear, Params, layer_list, soft_capped, under, widened
 
 
 class FlaxDecoder(nnx.Module):
@@ -41,7 +41,8 @@ class FlaxDecoder(nnx.Module):
         A token looks at itself and at earlier ones of its segment. Padding is a segment like any other.
         """
         x = self.model(tokens, positions, segment_ids)
-        return self.model.embed_tokens.scores(x) if self.lm_head is None else self.lm_head(x)
+        scores = self.model.embed_tokens.scores(x) if self.lm_head is None else self.lm_head(x)
+        return soft_capped(scores, self.facts.logit_soft_cap)
 
     def params(self) -> dict[str, jax.Array]:
         """Hugging Face name -> array as it is now: the tree that `FlaxDecoder` takes and checkpoints hold."""

@@ -12,19 +12,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tptrain.family import LayerKind, ModelFacts, RopeFacts
+from tptrain.family import AttentionKind, LayerKind, ModelFacts, RopeFacts
+from tptrain.family.facts import Activation
 
 Params = Mapping[str, jax.Array]
 # (activation, its name, the names of its dims) -> the same activation.
 Mark = Callable[[jax.Array, str, tuple[str, ...]], jax.Array]
-# (query [B, T, N, H], key [B, S, K, H], value, the layer's window) -> attended values [B, T, N, H].
-AttentionCore = Callable[[jax.Array, jax.Array, jax.Array, int | None], jax.Array]
+# (query [B, T, N, H], key [B, S, K, H], value, the layer's numbers) -> attended values [B, T, N, H].
+AttentionCore = Callable[[jax.Array, jax.Array, jax.Array, AttentionKind], jax.Array]
 # (segment_ids [B, T], the windows of the model's layers) -> the core for those rows.
 CoreFactory = Callable[[jax.Array, Iterable[int | None]], AttentionCore]
 
@@ -38,13 +40,12 @@ _HIDDEN = ("act_batch", "act_tokens", "act_mlp")
 class LayerContext:
     """What every layer reads and none changes.
 
-    cos, sin:  [B, T, 1, H] of the rotary embedding.
+    rotations: cosine and sine of every rotary embedding of the model, each [B, T, 1, H].
     attention: how queries, keys and values become attended values; knows the segments of the rows.
     mark:      acts on the activations that matter, named as in `tptrain.models`.
     """
 
-    cos: jax.Array
-    sin: jax.Array
+    rotations: Mapping[RopeFacts, tuple[jax.Array, jax.Array]]
     attention: AttentionCore
     mark: Mark
 
@@ -77,36 +78,45 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm (arXiv:1910.07467); the mean in float32 or wider, the scale in x's format."""
+    """Root-mean-square norm (arXiv:1910.07467); the mean in float32 or wider.
 
-    def __init__(self, params: Params, eps: float):
+    How the weight acts is told by `ModelFacts.norm_scale`.
+    """
+
+    def __init__(self, facts: ModelFacts, params: Params):
         self.weight = nnx.Param(params["weight"])
-        self.eps = eps
+        self.eps, self.scale = facts.rms_norm_eps, facts.norm_scale
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = widened(x)
-        scale = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
-        return self.weight[...] * (wide * scale).astype(x.dtype)
+        wide, weight = widened(x), self.weight[...]
+        normed = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
+        if self.scale == "after_cast":
+            return weight * normed.astype(x.dtype)
+        return (normed * (1 + widened(weight) if self.scale == "one_plus" else weight)).astype(x.dtype)
 
 
 class Attention(nnx.Module):
-    """Self-attention with grouped queries and rotary embedding."""
+    """Self-attention with grouped queries and rotary embedding; queries and keys may be normed before it."""
 
     def __init__(self, facts: ModelFacts, kind: LayerKind, params: Params):
         self.q_proj = Linear(under(params, "q_proj"))
         self.k_proj = Linear(under(params, "k_proj"))
         self.v_proj = Linear(under(params, "v_proj"))
         self.o_proj = Linear(under(params, "o_proj"))
-        self.head_dim, self.window = facts.head_dim, kind.window
+        has_norms = facts.qk_norm != "none"
+        self.q_norm = RMSNorm(facts, under(params, "q_norm")) if has_norms else None
+        self.k_norm = RMSNorm(facts, under(params, "k_norm")) if has_norms else None
+        self.head_dim, self.kind, self.rope = facts.head_dim, facts.attention_of(kind), facts.rope_of(kind)
 
     def __call__(self, x: jax.Array, context: LayerContext) -> jax.Array:
         """x [B, T, D] -> [B, T, D]."""
-        query = rotate(self._to_heads(x, self.q_proj), context.cos, context.sin)
-        key = rotate(self._to_heads(x, self.k_proj), context.cos, context.sin)
+        turn = context.rotations[self.rope]
+        query = rotate(_normed_heads(self._to_heads(x, self.q_proj), self.q_norm), *turn)
+        key = rotate(_normed_heads(self._to_heads(x, self.k_proj), self.k_norm), *turn)
         value = self._to_heads(x, self.v_proj)
         query = context.mark(query, "query", _QUERY)
         key, value = context.mark(key, "key", _KEY), context.mark(value, "value", _KEY)
-        return self._from_heads(context.attention(query, key, value, self.window), self.o_proj)
+        return self._from_heads(context.attention(query, key, value, self.kind), self.o_proj)
 
     # Products with heads as a dim of their own: a TPU's compiler lays the result of a flat product out once
     # more before attention can read it.
@@ -124,34 +134,55 @@ class Attention(nnx.Module):
         return x if linear.bias is None else x + linear.bias[...]
 
 
-class MLP(nnx.Module):
-    """Gated MLP: down(silu(gate(x)) * up(x)), as in arXiv:2002.05202."""
+def _normed_heads(heads: jax.Array, norm: RMSNorm | None) -> jax.Array:
+    """heads [B, T, heads, H] normed one by one, or all of a token together: the norm's size tells."""
+    if norm is None:
+        return heads
+    if norm.weight[...].shape[0] == heads.shape[-1]:
+        return norm(heads)
+    return norm(heads.reshape(*heads.shape[:2], -1)).reshape(heads.shape)
 
-    def __init__(self, params: Params):
+
+ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+}
+
+
+class MLP(nnx.Module):
+    """Gated MLP: down(activation(gate(x)) * up(x)), as in arXiv:2002.05202."""
+
+    def __init__(self, facts: ModelFacts, params: Params):
+        self.activation = ACTIVATIONS[facts.activation]
         self.gate_proj = Linear(under(params, "gate_proj"))
         self.up_proj = Linear(under(params, "up_proj"))
         self.down_proj = Linear(under(params, "down_proj"))
 
     def __call__(self, x: jax.Array, mark: Mark) -> jax.Array:
         gate, up = mark(self.gate_proj(x), "gate", _HIDDEN), mark(self.up_proj(x), "up", _HIDDEN)
-        return self.down_proj(mark(jax.nn.silu(gate) * up, "mlp_hidden", _HIDDEN))
+        return self.down_proj(mark(self.activation(gate) * up, "mlp_hidden", _HIDDEN))
 
 
 class Block(nnx.Module):
-    """One decoder layer: attention and MLP, each on a normed input and added to the residual stream."""
+    """One decoder layer: attention and MLP, each added to the residual stream, with norms around them."""
 
     def __init__(self, facts: ModelFacts, kind: LayerKind, params: Params):
-        eps = facts.rms_norm_eps
         self.self_attn = Attention(facts, kind, under(params, "self_attn"))
-        self.mlp = MLP(under(params, "mlp"))
-        self.input_layernorm = RMSNorm(under(params, "input_layernorm"), eps)
-        self.post_attention_layernorm = RMSNorm(under(params, "post_attention_layernorm"), eps)
+        self.mlp = MLP(facts, under(params, "mlp"))
+        self.norms = facts.block_norm_names
+        for name in self.norms:
+            setattr(self, name, RMSNorm(facts, under(params, name)))
 
     def __call__(self, x: jax.Array, context: LayerContext) -> jax.Array:
-        attention_input = context.mark(self.input_layernorm(x), "attention_input", _STREAM)
-        x = context.mark(x + self.self_attn(attention_input, context), "after_attention", _STREAM)
-        mlp_input = context.mark(self.post_attention_layernorm(x), "mlp_input", _STREAM)
-        return context.mark(x + self.mlp(mlp_input, context.mark), "after_mlp", _STREAM)
+        given = context.mark(self._normed(x, self.norms.attention_input), "attention_input", _STREAM)
+        attended = self._normed(self.self_attn(given, context), self.norms.attention_output)
+        x = context.mark(x + attended, "after_attention", _STREAM)
+        given = context.mark(self._normed(x, self.norms.mlp_input), "mlp_input", _STREAM)
+        output = self._normed(self.mlp(given, context.mark), self.norms.mlp_output)
+        return context.mark(x + output, "after_mlp", _STREAM)
+
+    def _normed(self, x: jax.Array, norm: str | None) -> jax.Array:
+        return x if norm is None else getattr(self, norm)(x)
 
 
 class LayerList(nnx.List[Block]):
@@ -177,11 +208,11 @@ class PlainAttention:
     def __init__(self, segment_ids: jax.Array, windows: Iterable[int | None]):
         self.masks = {window: causal_mask(segment_ids, window) for window in windows}
 
-    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, window: int | None) -> jax.Array:
+    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, kind: AttentionKind) -> jax.Array:
         # Heads share keys by grouping, so keys are never repeated in memory.
         grouped = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[-1])
         scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key)
-        weights = attention_weights(scores, self.masks[window], query.shape[-1] ** -0.5)
+        weights = attention_weights(scores, self.masks[kind.window], kind.scale, kind.soft_cap)
         return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(query.shape)
 
 
@@ -202,22 +233,25 @@ class Body(nnx.Module):
         self.facts, self.attention, self.mark = facts, attention, mark
         self.embed_tokens = Embedding(under(params, "embed_tokens"))
         self.layers = layers
-        self.norm = RMSNorm(under(params, "norm"), facts.rms_norm_eps)
+        self.norm = RMSNorm(facts, under(params, "norm"))
 
     def __call__(self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """Hidden states [B, T, D] after the final norm."""
-        x = self.mark(self.embed_tokens(tokens), "embedded", _STREAM)
-        frequencies = inverse_frequencies(self.facts.rope, self.facts.head_dim)
-        cos, sin = rotation(positions, frequencies, x.dtype)
-        attention = self.attention(segment_ids, {kind.window for kind in self.facts.layer_period})
-        return self.norm(self.layers(x, LayerContext(cos, sin, attention, self.mark)))
+        x = self.embed_tokens(tokens)
+        if self.facts.embedding_scale != 1:
+            x = x * jnp.asarray(self.facts.embedding_scale, x.dtype)
+        x = self.mark(x, "embedded", _STREAM)
+        rotations = {
+            rope: rotation(positions, inverse_frequencies(rope, self.facts.head_dim), x.dtype)
+            for rope in self.facts.ropes
+        }
+        attention = self.attention(segment_ids, self.facts.windows)
+        return self.norm(self.layers(x, LayerContext(rotations, attention, self.mark)))
 
 
 def layer_list(facts: ModelFacts, params: Params) -> LayerList:
     """A block for every layer; params by names such as `0.mlp.up_proj.weight`."""
-    period = facts.layer_period
-    kinds = [period[i % len(period)] for i in range(facts.num_hidden_layers)]
-    return LayerList(Block(facts, kind, under(params, str(i))) for i, kind in enumerate(kinds))
+    return LayerList(Block(facts, kind, under(params, str(i))) for i, kind in enumerate(facts.layer_kinds))
 
 
 def causal_mask(segment_ids: jax.Array, window: int | None) -> jax.Array:
@@ -231,11 +265,18 @@ def causal_mask(segment_ids: jax.Array, window: int | None) -> jax.Array:
     return near[None] & (segment_ids[:, :, None] == segment_ids[:, None, :])
 
 
-def attention_weights(scores: jax.Array, mask: jax.Array, scale: float) -> jax.Array:
+def attention_weights(
+    scores: jax.Array, mask: jax.Array, scale: float, soft_cap: float | None = None
+) -> jax.Array:
     """Softmax over keys in float32 or wider: scores [B, K, G, T, S], mask [B, T, S] -> like scores."""
-    wide = widened(scores * scale)
+    wide = soft_capped(widened(scores * scale), soft_cap)
     blocked = jnp.finfo(wide.dtype).min
     return jax.nn.softmax(jnp.where(mask[:, None, None], wide, blocked), axis=-1).astype(scores.dtype)
+
+
+def soft_capped(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap * tanh(x / cap), computed in float32 or wider, in the format of x; x itself for None."""
+    return x if cap is None else (cap * jnp.tanh(widened(x) / cap)).astype(x.dtype)
 
 
 def inverse_frequencies(rope: RopeFacts, head_dim: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from tptrain.jaxside.flax_layers import Mark, widened
+from tptrain.jaxside.flax_layers import Mark, soft_capped, widened
 
 Chunk = tuple[jax.Array, ...]
 Gradients = tuple[jax.Array, jax.Array]
@@ -38,7 +38,7 @@ class LossChunks:
     shards: int = 1
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def chunked_loss(
     hidden: jax.Array,
     head: jax.Array,
@@ -47,12 +47,13 @@ def chunked_loss(
     total: jax.Array,
     chunks: LossChunks,
     mark: Mark,
+    soft_cap: float | None = None,
 ) -> jax.Array:
     """Sum over tokens of weight x negative log-likelihood, over the scalar `total`; float32 or wider.
 
     hidden [B, T, D], head [V, D], targets [B, T] integers, weights [B, T]. Gradients flow to hidden and head.
     """
-    return _forward(hidden, head, targets, weights, total, chunks, mark)[0]
+    return _forward(hidden, head, targets, weights, total, chunks, mark, soft_cap)[0]
 
 
 def _forward(
@@ -63,11 +64,12 @@ def _forward(
     total: jax.Array,
     chunks: LossChunks,
     mark: Mark,
+    soft_cap: float | None,
 ) -> tuple[jax.Array, Gradients]:
     """The mean, and its gradients with respect to hidden states and head."""
     head = mark(head, "head", ("act_vocab", "act_embed"))
     cut = tuple(_cut(x, chunks) for x in (hidden, targets, weights))
-    one_chunk = partial(_one_chunk, head=head, total=total, mark=mark)
+    one_chunk = partial(_one_chunk, head=head, total=total, mark=mark, soft_cap=soft_cap)
 
     def body(
         carry: tuple[jax.Array, jax.Array], chunk: Chunk
@@ -87,7 +89,7 @@ def _forward(
 
 
 def _backward(
-    chunks: LossChunks, mark: Mark, gradients: Gradients, gradient: jax.Array
+    chunks: LossChunks, mark: Mark, soft_cap: float | None, gradients: Gradients, gradient: jax.Array
 ) -> tuple[jax.Array | None, ...]:
     grad_hidden, grad_head = (gradient.astype(g.dtype) * g for g in gradients)
     return grad_hidden, grad_head, None, None, None
@@ -97,7 +99,7 @@ chunked_loss.defvjp(_forward, _backward)
 
 
 def _one_chunk(
-    chunk: Chunk, head: jax.Array, total: jax.Array, mark: Mark
+    chunk: Chunk, head: jax.Array, total: jax.Array, mark: Mark, soft_cap: float | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sum of the loss, gradient of the hidden states, gradient of the head within each shard [S, V, D].
 
@@ -105,13 +107,15 @@ def _one_chunk(
     """
     x, targets, weights = chunk
     x = mark(x, "chunk", _STREAM)
-    logits = mark(jnp.einsum("snd,vd->snv", x, head), "logits", _LOGITS)
+    logits = soft_capped(mark(jnp.einsum("snd,vd->snv", x, head), "logits", _LOGITS), soft_cap)
     wide = widened(logits)
     log_sum = jax.nn.logsumexp(wide, axis=-1, keepdims=True)
     is_target = jnp.arange(wide.shape[-1]) == targets[..., None]
     at_target = jnp.where(is_target, wide, 0.0).sum(-1)
     loss = ((log_sum[..., 0] - at_target) * weights).sum()
     gradient = (jnp.exp(wide - log_sum) - is_target) * (weights / total)[..., None]
+    if soft_cap is not None:
+        gradient = gradient * (1 - jnp.square(wide / soft_cap))
     gradient = mark(gradient.astype(logits.dtype), "grad_logits", _LOGITS)
     grad_x = jnp.einsum("snv,vd->snd", gradient, head)
     return loss, grad_x, jnp.einsum("snv,snd->svd", gradient, x)

@@ -1,14 +1,13 @@
-"""The Flax decoder with its layers as one `lax.scan` over stacked parameters, as large models train.
+"""The Flax decoder with its layers as `lax.scan`s over stacked parameters, as large models train.
 
-A stack is named `model.layers.period.<position>.<parameter>` and has a leading layer dim; layer i lies at
-index i // period of position i % period. All else is `FlaxDecoder`'s.
+Layers that repeat are one loop each (`tptrain.family.layer_runs`, which also names the stacks); a stack has a
+leading layer dim. All else is `FlaxDecoder`'s.
 
 Shapes: L layers, B batch, T tokens, D model, V vocab.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tptrain.config.remat import KEPT
-from tptrain.family import ModelFacts, parameter_table, stored_rows
+from tptrain.family import LayerRun, LayerRuns, ModelFacts, layer_runs, parameter_table, stored_rows
 from tptrain.jaxside.flax_decoder import check_params
 from tptrain.jaxside.flax_layers import (
     Block,
@@ -33,8 +32,6 @@ from tptrain.jaxside.flax_layers import (
     unmarked,
 )
 from tptrain.jaxside.flax_loss import LossChunks, chunked_loss
-
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
 def _as_it_is(name: str, array: jax.Array) -> jax.Array:
@@ -60,14 +57,15 @@ class Passes:
     attention: CoreFactory = PlainAttention
 
 
-class ScannedLayers(nnx.Module):
-    """The layers as one loop; stands where the list of layers stands."""
+class ScannedRun(nnx.Module):
+    """A run of layers as one loop. prefix: what the names of its stacks begin with, `model.layers.`."""
 
-    def __init__(self, facts: ModelFacts, params: Params, passes: Passes):
+    def __init__(self, facts: ModelFacts, run: LayerRun, prefix: str, params: Params, passes: Passes):
+        kinds = [facts.layer_kinds[layer] for layer in run.layers[: run.period]]
         self.period = nnx.List(
-            Block(facts, kind, under(params, f"period.{i}")) for i, kind in enumerate(facts.layer_period)
+            Block(facts, kind, under(params, f"{prefix}period.{i}")) for i, kind in enumerate(kinds)
         )
-        self.passes = passes
+        self.passes, self.prefix = passes, prefix
 
     def __call__(self, x: jax.Array, context: LayerContext) -> jax.Array:
         graph, stacked = nnx.split(self.period)
@@ -84,14 +82,29 @@ class ScannedLayers(nnx.Module):
         return jax.lax.scan(one_period, x, stacked)[0]
 
     def _held(self, path: tuple[Any, ...], array: jax.Array) -> jax.Array:
-        return self.passes.hold(f"model.layers.period.{name_at(path)}", array)
+        return self.passes.hold(f"{self.prefix}period.{name_at(path)}", array)
+
+
+class ScannedLayers(nnx.Module):
+    """The layers as one loop per run; stands where the list of layers stands."""
+
+    def __init__(self, facts: ModelFacts, params: Params, passes: Passes):
+        cut = runs_of(facts)
+        self.runs = nnx.List(
+            ScannedRun(facts, run, cut.prefix(i), params, passes) for i, run in enumerate(cut.runs)
+        )
+
+    def __call__(self, x: jax.Array, context: LayerContext) -> jax.Array:
+        for run in self.runs:
+            x = run(x, context)
+        return x
 
 
 class ScannedDecoder(nnx.Module):
     """A causal language model. params: as `stack_layers` gives them."""
 
     def __init__(self, facts: ModelFacts, params: Params, passes: Passes):
-        layers = ScannedLayers(facts, under(params, "model.layers"), passes)
+        layers = ScannedLayers(facts, params, passes)
         self.model = Body(facts, under(params, "model"), layers, passes.attention, passes.mark)
         self.lm_head = None if facts.tie_word_embeddings else Linear(under(params, "lm_head"))
         self.passes = passes
@@ -104,23 +117,25 @@ class ScannedDecoder(nnx.Module):
         hidden = self.model(batch["tokens"], batch["positions"], batch["segment_ids"])
         head = (self.lm_head or self.model.embed_tokens).weight[...]
         total = jnp.maximum(batch["weights"].sum(), 1.0)
-        return chunked_loss(hidden, head, batch["targets"], batch["weights"], total, chunks, self.passes.mark)
+        cap = self.model.facts.logit_soft_cap
+        return chunked_loss(
+            hidden, head, batch["targets"], batch["weights"], total, chunks, self.passes.mark, cap
+        )
 
 
 def stack_layers(facts: ModelFacts, params: Params) -> dict[str, jax.Array]:
     """The parameters of a checkpoint, those of layers stacked. Raises ProblemsError as `FlaxDecoder` does."""
     check_params(facts, params)
+    cut = runs_of(facts)
     stacks: dict[str, list[jax.Array]] = {}
     for row in stored_rows(parameter_table(facts)):
-        name = stacked_name(row.name, len(facts.layer_period))
-        stacks.setdefault(name, []).append(params[row.name])
+        stacks.setdefault(cut.stack_of(row.name) or row.name, []).append(params[row.name])
     return {n: jnp.stack(rows) if n.startswith("model.layers.") else rows[0] for n, rows in stacks.items()}
 
 
-def stacked_name(name: str, period: int) -> str:
-    """The stack that holds a parameter; other parameters than those of layers keep their name."""
-    match = _LAYER.fullmatch(name)
-    return f"model.layers.period.{int(match[1]) % period}.{match[2]}" if match else name
+def runs_of(facts: ModelFacts) -> LayerRuns:
+    """The loops over the layers of a model of which all weights are trained."""
+    return layer_runs(stored_rows(parameter_table(facts)), facts.layer_kinds)
 
 
 def name_at(path: tuple[Any, ...]) -> str:

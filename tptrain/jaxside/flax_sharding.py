@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from tptrain.config.kernels import SplashBlocks
+from tptrain.family import AttentionKind
 from tptrain.jaxside.flax_layers import AttentionCore, PlainAttention
 from tptrain.jaxside.flax_scan import Passes
 from tptrain.jaxside.lowering import Platform
@@ -57,9 +58,9 @@ def _splash_core(
     query, key, ids = (partition_spec(spec_of(dims, rules.acts)) for dims in (_QUERY, _KEY, _IDS))
 
     def core(segment_ids: jax.Array, windows: Iterable[int | None]) -> AttentionCore:
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array, kind: AttentionKind) -> jax.Array:
             def on_device(q: jax.Array, k: jax.Array, v: jax.Array, i: jax.Array) -> jax.Array:
-                return splash_attention(_call(q, k, window, blocks, rules.platform), q, k, v, i, "attended")
+                return splash_attention(_call(q, k, kind, blocks, rules.platform), q, k, v, i, "attended")
 
             # The kernel says nothing of the axes that its result varies over.
             mapped = jax.shard_map(
@@ -73,7 +74,7 @@ def _splash_core(
 
 
 def _call(
-    query: jax.Array, key: jax.Array, window: int | None, blocks: SplashBlocks, platform: Platform
+    query: jax.Array, key: jax.Array, kind: AttentionKind, blocks: SplashBlocks, platform: Platform
 ) -> SplashCall:
     """The call for the pieces of one device."""
     batch, tokens, heads, head_dim = query.shape
@@ -84,9 +85,9 @@ def _call(
         kv_heads=key.shape[2],
         head_dim=head_dim,
         dtype=query.dtype.name,
-        scale=head_dim**-0.5,
-        window=window,
-        soft_cap=None,
+        scale=kind.scale,
+        window=kind.window,
+        soft_cap=kind.soft_cap,
         blocks=blocks,
         platform=platform,
     )

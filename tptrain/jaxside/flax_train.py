@@ -11,7 +11,7 @@ import optax
 from tptrain.config import OptimSection
 from tptrain.errors import refuse
 from tptrain.family import ModelFacts, parameter_table
-from tptrain.jaxside.flax_scan import name_at, stacked_name
+from tptrain.jaxside.flax_scan import name_at, runs_of
 
 
 def make_optimizer(
@@ -29,8 +29,8 @@ def make_optimizer(
            or the flat dict of names, also with layers stacked (`tptrain.jaxside.flax_scan`).
     """
     _require_plain_adamw(optim)
-    table, period = parameter_table(facts), len(facts.layer_period)
-    decays = {name: row.decay for row in table for name in (row.name, stacked_name(row.name, period))}
+    table, cut = parameter_table(facts), runs_of(facts)
+    decays = {name: row.decay for row in table for name in (row.name, cut.stack_of(row.name) or row.name)}
 
     def decay_mask(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, _: decays[name_at(path)], params)

@@ -11,21 +11,8 @@ from typing import Protocol
 
 import torch
 
+from tptrain.family import AttentionKind
 from tptrain.models.marks import Marks
-
-
-@dataclass(frozen=True)
-class AttentionKind:
-    """The numbers of one layer's attention.
-
-    scale:    factor of the products of queries and keys.
-    window:   how many tokens, itself included, a token may look back on; None for all of them.
-    soft_cap: scaled products s become soft_cap * tanh(s / soft_cap); None for no cap.
-    """
-
-    scale: float
-    window: int | None = None
-    soft_cap: float | None = None
 
 
 class AttentionCore(Protocol):
@@ -127,10 +114,16 @@ def attention_weights(
     Normalised in float32 or wider.
     """
     wide = (scores * scale).to(torch.promote_types(scores.dtype, torch.float32))
-    if soft_cap is not None:
-        wide = soft_cap * torch.tanh(wide / soft_cap)
     blocked = torch.finfo(wide.dtype).min
-    return torch.where(mask[:, None, None], wide, blocked).softmax(-1).to(scores.dtype)
+    return torch.where(mask[:, None, None], soft_capped(wide, soft_cap), blocked).softmax(-1).to(scores.dtype)
+
+
+def soft_capped(x: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """cap * tanh(x / cap), computed in float32 or wider, in the format of x; x itself for None."""
+    if cap is None:
+        return x
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (cap * torch.tanh(wide / cap)).to(x.dtype)
 
 
 def weighted_values(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

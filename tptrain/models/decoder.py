@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, D model, N heads, K kv heads, H head dim, F mlp, V vo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,17 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tptrain.family import LayerKind, ModelFacts
+from tptrain.family import LayerKind, ModelFacts, RopeFacts
+from tptrain.family.facts import Activation
 from tptrain.models.attention import (
     AttentionCore,
-    AttentionKind,
     CoreFactory,
     KVCache,
     PlainAttention,
     cache_mask,
+    soft_capped,
     write_cache,
 )
-from tptrain.models.loss import LossChunks, mean_loss
+from tptrain.models.loss import LossChunks, Projection, mean_loss
 from tptrain.models.marks import Marks
 from tptrain.models.norms import RMSNorm
 from tptrain.models.rope import inverse_frequencies, rotate, rotation
@@ -33,36 +34,42 @@ from tptrain.models.rope import inverse_frequencies, rotate, rotation
 class LayerContext:
     """What every layer reads and none changes.
 
-    cos, sin:  [B, T, 1, H] of the rotary embedding.
+    rotations: cosine and sine of every rotary embedding of the model, each [B, T, 1, H].
     attention: how queries, keys and values become attended values; knows the segments of the rows.
     positions: [B, T], where a cached layer writes its keys and values.
     """
 
-    cos: torch.Tensor
-    sin: torch.Tensor
+    rotations: Mapping[RopeFacts, tuple[torch.Tensor, torch.Tensor]]
     attention: AttentionCore
     positions: torch.Tensor
 
 
 class Attention(nn.Module):
-    """Self-attention with grouped queries and rotary embedding."""
+    """Self-attention with grouped queries and rotary embedding; queries and keys may be normed before it."""
 
     def __init__(self, facts: ModelFacts, kind: LayerKind, marks: Marks):
         super().__init__()
         d, n, k, h = facts.hidden_size, facts.num_attention_heads, facts.num_key_value_heads, facts.head_dim
-        self.q_proj = nn.Linear(d, n * h, bias=facts.attention_bias)
-        self.k_proj = nn.Linear(d, k * h, bias=facts.attention_bias)
-        self.v_proj = nn.Linear(d, k * h, bias=facts.attention_bias)
-        self.o_proj = nn.Linear(n * h, d, bias=facts.attention_bias)
+        self.q_proj = nn.Linear(d, n * h, bias=facts.qkv_bias)
+        self.k_proj = nn.Linear(d, k * h, bias=facts.qkv_bias)
+        self.v_proj = nn.Linear(d, k * h, bias=facts.qkv_bias)
+        self.o_proj = nn.Linear(n * h, d, bias=facts.attention_output_bias)
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if facts.qk_norm != "none":
+            of_head = facts.qk_norm == "head"
+            self.q_norm = _norm(facts, h if of_head else n * h)
+            self.k_norm = _norm(facts, h if of_head else k * h)
         self.head_dim, self.marks = h, marks
-        self.kind = AttentionKind(scale=h**-0.5, window=kind.window)
+        self.kind, self.rope = facts.attention_of(kind), facts.rope_of(kind)
 
     def forward(
         self, x: torch.Tensor, context: LayerContext, cache: KVCache | None
     ) -> tuple[torch.Tensor, KVCache]:
         """x [B, T, D] -> [B, T, D], and the keys and values it attended to."""
-        query = rotate(self._to_heads(x, self.q_proj), context.cos, context.sin)
-        key = rotate(self._to_heads(x, self.k_proj), context.cos, context.sin)
+        cos, sin = context.rotations[self.rope]
+        query = rotate(self._normed(self._to_heads(x, self.q_proj), self.q_norm), cos, sin)
+        key = rotate(self._normed(self._to_heads(x, self.k_proj), self.k_norm), cos, sin)
         value = self._to_heads(x, self.v_proj)
         query = self.marks(query, "query", "act_batch", "act_tokens", "act_heads", "act_head_dim")
         key = self.marks(key, "key", "act_batch", "act_tokens", "act_kv_heads", "act_head_dim")
@@ -72,6 +79,15 @@ class Attention(nn.Module):
             value = write_cache(cache.value, value, context.positions)
         output = context.attention(query, key, value, self.kind)
         return self._from_heads(output, self.o_proj), KVCache(key, value)
+
+    @staticmethod
+    def _normed(heads: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:
+        """heads [B, T, heads, H] normed one by one, or all of a token together: the norm's size tells."""
+        if norm is None:
+            return heads
+        if norm.weight.shape[0] == heads.shape[-1]:
+            return norm(heads)
+        return norm(heads.flatten(2)).view_as(heads)
 
     # Products with heads as a dim of their own: of a flat product the TPU's compiler lays the result out once
     # more before attention can read it.
@@ -87,8 +103,18 @@ class Attention(nn.Module):
         return x if linear.bias is None else x + linear.bias
 
 
+def _norm(facts: ModelFacts, size: int) -> RMSNorm:
+    return RMSNorm(size, facts.rms_norm_eps, facts.norm_scale)
+
+
+ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
 class MLP(nn.Module):
-    """Gated MLP: down(silu(gate(x)) * up(x)), as in arXiv:2002.05202."""
+    """Gated MLP: down(activation(gate(x)) * up(x)), as in arXiv:2002.05202."""
 
     def __init__(self, facts: ModelFacts, marks: Marks):
         super().__init__()
@@ -96,35 +122,42 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(d, f, bias=facts.mlp_bias)
         self.up_proj = nn.Linear(d, f, bias=facts.mlp_bias)
         self.down_proj = nn.Linear(f, d, bias=facts.mlp_bias)
-        self.marks = marks
+        self.activation, self.marks = ACTIVATIONS[facts.activation], marks
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate = self.marks(self.gate_proj(x), "gate", "act_batch", "act_tokens", "act_mlp")
         up = self.marks(self.up_proj(x), "up", "act_batch", "act_tokens", "act_mlp")
-        hidden = self.marks(F.silu(gate) * up, "mlp_hidden", "act_batch", "act_tokens", "act_mlp")
+        hidden = self.marks(self.activation(gate) * up, "mlp_hidden", "act_batch", "act_tokens", "act_mlp")
         return self.down_proj(hidden)
 
 
 class Block(nn.Module):
-    """One decoder layer: attention and MLP, each on a normed input and added to the residual stream."""
+    """One decoder layer: attention and MLP, each added to the residual stream, with norms around them.
+
+    Which of their inputs and outputs are normed, and what the norms are called, is the family's choice.
+    """
 
     def __init__(self, facts: ModelFacts, kind: LayerKind, marks: Marks):
         super().__init__()
         self.self_attn = Attention(facts, kind, marks)
         self.mlp = MLP(facts, marks)
-        self.input_layernorm = RMSNorm(facts.hidden_size, facts.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(facts.hidden_size, facts.rms_norm_eps)
+        self.norms = facts.block_norm_names
+        for name in self.norms:
+            setattr(self, name, _norm(facts, facts.hidden_size))
         self.marks = marks
 
     def forward(
         self, x: torch.Tensor, context: LayerContext, cache: KVCache | None = None
     ) -> tuple[torch.Tensor, KVCache]:
-        attended, cache = self.self_attn(
-            self._mark(self.input_layernorm(x), "attention_input"), context, cache
-        )
-        x = self._mark(x + attended, "after_attention")
-        x = x + self.mlp(self._mark(self.post_attention_layernorm(x), "mlp_input"))
+        given = self._mark(self._normed(x, self.norms.attention_input), "attention_input")
+        attended, cache = self.self_attn(given, context, cache)
+        x = self._mark(x + self._normed(attended, self.norms.attention_output), "after_attention")
+        given = self._mark(self._normed(x, self.norms.mlp_input), "mlp_input")
+        x = x + self._normed(self.mlp(given), self.norms.mlp_output)
         return self._mark(x, "after_mlp"), cache
+
+    def _normed(self, x: torch.Tensor, norm: str | None) -> torch.Tensor:
+        return x if norm is None else getattr(self, norm)(x)
 
     def _mark(self, x: torch.Tensor, name: str) -> torch.Tensor:
         return self.marks(x, name, "act_batch", "act_tokens", "act_embed")
@@ -149,10 +182,8 @@ class Body(nn.Module):
     def __init__(self, facts: ModelFacts, padded_vocab: int, marks: Marks):
         super().__init__()
         self.embed_tokens = nn.Embedding(padded_vocab, facts.hidden_size)
-        period = facts.layer_period
-        kinds = [period[i % len(period)] for i in range(facts.num_hidden_layers)]
-        self.layers: nn.Module = LayerList(Block(facts, kind, marks) for kind in kinds)
-        self.norm = RMSNorm(facts.hidden_size, facts.rms_norm_eps)
+        self.layers: nn.Module = LayerList(Block(facts, kind, marks) for kind in facts.layer_kinds)
+        self.norm = _norm(facts, facts.hidden_size)
 
 
 class Decoder(nn.Module):
@@ -178,11 +209,13 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(facts.hidden_size, self.padded_vocab, bias=False)
         # The one tensor that is neither a parameter nor computed from the batch.
         self.rope_frequencies: torch.Tensor
-        self.register_buffer("rope_frequencies", torch.empty(facts.head_dim // 2), persistent=False)
+        shape = (len(facts.ropes), facts.head_dim // 2)
+        self.register_buffer("rope_frequencies", torch.empty(shape), persistent=False)
 
     def constants(self) -> dict[str, torch.Tensor]:
         """Name -> host tensor of what the model needs beside its parameters."""
-        return {"rope_frequencies": inverse_frequencies(self.facts.rope, self.facts.head_dim)}
+        frequencies = [inverse_frequencies(rope, self.facts.head_dim) for rope in self.facts.ropes]
+        return {"rope_frequencies": torch.stack(frequencies)}
 
     def forward(
         self, tokens: torch.Tensor, positions: torch.Tensor, segment_ids: torch.Tensor
@@ -194,7 +227,7 @@ class Decoder(nn.Module):
         self, tokens: torch.Tensor, positions: torch.Tensor, segment_ids: torch.Tensor
     ) -> torch.Tensor:
         """Hidden states [B, T, D] after the final norm; all inputs are integers [B, T]."""
-        attention = self.attention_core(segment_ids, self._windows())
+        attention = self.attention_core(segment_ids, self.facts.windows)
         return self._run(tokens, positions, attention, None)[0]
 
     def mean_loss(
@@ -213,14 +246,15 @@ class Decoder(nn.Module):
         hidden = self.hidden(tokens, positions, segment_ids)
         chunks = self.loss_chunks or LossChunks(tokens.shape[1])
         head = self.head_weight
-        return mean_loss(hidden, head, targets, weights, total, self.project, self.marks, chunks)
+        projection = Projection(self.project, self.facts.logit_soft_cap)
+        return mean_loss(hidden, head, targets, weights, total, projection, self.marks, chunks)
 
     def forward_cached(
         self, tokens: torch.Tensor, positions: torch.Tensor, caches: Sequence[KVCache]
     ) -> tuple[torch.Tensor, Sequence[KVCache]]:
         """`hidden` against caches: returns hidden states [B, T, D] after the final norm, and new caches."""
         length = caches[0].key.shape[-3]
-        masks = {window: cache_mask(positions, length, window) for window in self._windows()}
+        masks = {window: cache_mask(positions, length, window) for window in self.facts.windows}
         return self._run(tokens, positions, PlainAttention(masks, self.marks), caches)
 
     def _run(
@@ -230,9 +264,15 @@ class Decoder(nn.Module):
         attention: AttentionCore,
         caches: Sequence[KVCache] | None,
     ) -> tuple[torch.Tensor, Sequence[KVCache]]:
-        x = self.marks(self.model.embed_tokens(tokens), "embedded", "act_batch", "act_tokens", "act_embed")
-        cos, sin = rotation(positions, self.rope_frequencies, x.dtype)
-        x, caches = self.model.layers(x, LayerContext(cos, sin, attention, positions), caches)
+        x = self.model.embed_tokens(tokens)
+        if self.facts.embedding_scale != 1:
+            x = x * torch.tensor(self.facts.embedding_scale, dtype=x.dtype).item()
+        x = self.marks(x, "embedded", "act_batch", "act_tokens", "act_embed")
+        rotations = {
+            rope: rotation(positions, frequencies, x.dtype)
+            for rope, frequencies in zip(self.facts.ropes, self.rope_frequencies, strict=True)
+        }
+        x, caches = self.model.layers(x, LayerContext(rotations, attention, positions), caches)
         return self.model.norm(x), caches
 
     @property
@@ -250,10 +290,8 @@ class Decoder(nn.Module):
         logits = F.linear(x, head_weight)
         if logits.ndim == 3:
             logits = self.marks(logits, "logits", "act_batch", "act_tokens", "act_vocab")
+        logits = soft_capped(logits, self.facts.logit_soft_cap)
         if self.padded_vocab == self.facts.vocab_size:
             return logits
         is_real = torch.arange(self.padded_vocab, device=logits.device) < self.facts.vocab_size
         return torch.where(is_real, logits, torch.finfo(logits.dtype).min)
-
-    def _windows(self) -> set[int | None]:
-        return {kind.window for kind in self.facts.layer_period}

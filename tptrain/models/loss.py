@@ -19,8 +19,6 @@ import torch
 
 from tptrain.models.marks import Marks
 
-# (hidden states [S, N, D], head weight [V, D]) -> logits [S, N, V]
-Project = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Parts = tuple[torch.Tensor, ...]
 # (carry, one part of each) -> (carry, a result)
 LoopBody = Callable[[Parts, Parts], tuple[Parts, torch.Tensor]]
@@ -35,6 +33,27 @@ def python_loop(body: LoopBody, carry: Parts, parts: Parts) -> tuple[Parts, torc
         carry, result = body(carry, one)
         results.append(result)
     return carry, torch.stack(results)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The way from hidden states to logits.
+
+    logits:   (hidden states [S, N, D], head weight [V, D]) -> logits [S, N, V].
+    soft_cap: the logits are those of the product under this cap; None for no cap.
+    """
+
+    logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    soft_cap: float | None = None
+
+    def product_gradient(self, logits: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient of the product below the cap, from the logits above it and their gradient."""
+        if self.soft_cap is None:
+            return gradient
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # Logits of a padded vocabulary lie far beyond the cap; their gradient is 0.
+        share = (wide / self.soft_cap).clamp(-1, 1)
+        return (gradient * (1 - share * share)).to(gradient.dtype)
 
 
 @dataclass(frozen=True)
@@ -58,7 +77,7 @@ def mean_loss(
     targets: torch.Tensor,
     weights: torch.Tensor,
     total: torch.Tensor,
-    project: Project,
+    project: Projection,
     marks: Marks,
     chunks: LossChunks,
 ) -> torch.Tensor:
@@ -82,7 +101,7 @@ class _ChunkedLoss(torch.autograd.Function):
         targets: torch.Tensor,
         weights: torch.Tensor,
         total: torch.Tensor,
-        project: Project,
+        project: Projection,
         marks: Marks,
         chunks: LossChunks,
     ) -> torch.Tensor:
@@ -120,7 +139,7 @@ def _one_chunk(
     parts: Parts,
     head: torch.Tensor,
     total: torch.Tensor,
-    project: Project,
+    project: Projection,
     marks: Marks,
     trained: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -131,7 +150,9 @@ def _one_chunk(
     """
     x, targets, weights = parts
     x = marks(x, "chunk", "act_batch", "act_tokens", "act_embed")
-    loss, gradient = loss_and_gradient(project(x, head), targets, weights, total)
+    logits = project.logits(x, head)
+    loss, gradient = loss_and_gradient(logits, targets, weights, total)
+    gradient = project.product_gradient(logits, gradient)
     gradient = marks(gradient, "grad_logits", "act_batch", "act_tokens", "act_vocab")
     grad_x = marks(gradient @ head, "grad_chunk", "act_batch", "act_tokens", "act_embed")
     if not trained:

@@ -11,7 +11,7 @@ from tptrain.config.state_parts import PARAMS
 from tptrain.config.trainable import FROZEN_DTYPE
 from tptrain.estimate import Estimate, estimate
 from tptrain.estimate.text import bytes_text
-from tptrain.family import ParamRow, stored_rows
+from tptrain.family import LayerRun, ParamRow, stored_rows
 from tptrain.mesh import Spec
 from tptrain.report.estimate_page import estimate_blocks, estimate_json
 from tptrain.report.param_lines import ParamLine, param_lines, row_device_bytes
@@ -139,18 +139,21 @@ def _trained(plan: Plan) -> str:
 
 
 def _runs_sentence(plan: Plan) -> list[str]:
-    """Where layers are cut and where the backward pass ends; nothing to say where they are all alike."""
+    """How layers are looped over and where the backward pass ends; nothing to say where all are alike."""
     cut = plan.layer_runs
-    if plan.recipe.backend != "xla" or len(cut.runs) == 1:
+    if plan.recipe.backend != "xla" or cut.traced == 1:
         return []
     listed = ", ".join(_layers_text(run) for run in cut.runs[:_MOST_RUNS])
     more = f" and {len(cut.runs) - _MOST_RUNS} more" if len(cut.runs) > _MOST_RUNS else ""
     back = f"; below layer {cut.first_back} nothing is kept and nothing goes back" if cut.first_back else ""
-    return [f"Layers: {len(cut.runs)} runs of which the same weights are trained, {listed}{more}{back}."]
+    loops = "one loop" if len(cut.runs) == 1 else f"{len(cut.runs)} loops"
+    return [f"Layers: {loops}, {listed}{more}{back}."]
 
 
-def _layers_text(run: range) -> str:
-    return f"{run[0]}..{run[-1]}" if len(run) > 1 else f"{run[0]}"
+def _layers_text(run: LayerRun) -> str:
+    first, last = run.layers[0], run.layers[-1]
+    text = f"{first}..{last}" if last > first else f"{first}"
+    return f"{text} with a period of {run.period}" if run.period > 1 else text
 
 
 def spec_text(spec: Spec) -> str:

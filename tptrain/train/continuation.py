@@ -7,14 +7,15 @@ lead to: the same samples in the same order go on where the run stood, others be
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from tptrain.config.model_config import described
 from tptrain.config.plan import Plan
 from tptrain.config.settings import shown
 from tptrain.errors import Problem
-from tptrain.family import ModelFacts, facts_from_config
+from tptrain.family import read_config
 from tptrain.mesh import AXES
 from tptrain.report.plan_page import plan_json
 
@@ -86,11 +87,10 @@ def continuation_problems(plan: Plan, run: Mapping[str, Any]) -> list[Problem]:
         for setting, (value, saved) in _changes(plan, run).items()
         if meaning(setting) is Change.REFUSED
     ]
-    theirs = facts_from_config(run["hf_config"])
-    for field in fields(ModelFacts):
-        ours, old = getattr(plan.facts, field.name), getattr(theirs, field.name)
-        if ours != old:
-            problems.append(_must_stay(f"model.config.{field.name}", ours, old))
+    ours, theirs = (described(read_config(config)) for config in (plan.hf_config, run["hf_config"]))
+    for name in sorted({*ours, *theirs}):
+        if ours.get(name) != theirs.get(name):
+            problems.append(_must_stay(f"model.config.{name}", ours.get(name), theirs.get(name)))
     return problems
 
 

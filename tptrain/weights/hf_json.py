@@ -6,19 +6,17 @@ and `dtype`. A reader that misses its own spelling falls back to defaults withou
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from tptrain.family import FAMILIES, ModelFacts, facts_from_config
+from tptrain.errors import raise_if_any
+from tptrain.family import read_config
 from tptrain.untrusted import read_json as read_json
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# Facts whose names are this package's own; all others are fields of the config.
-_NOT_CONFIG_FIELDS = ("family", "rope", "layer_period")
 
 
 class HasTokenIds(Protocol):
@@ -43,16 +41,13 @@ def complete_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     missing, the installed version is written (transformers 4.57 warns without one).
     Raises ProblemsError as `facts_from_config` does.
     """
-    facts = facts_from_config(config)
-    family = FAMILIES[facts.family]
-    fields = {field.name for field in dataclasses.fields(facts)} - set(_NOT_CONFIG_FIELDS)
+    read = read_config(config)
+    raise_if_any(read.problems)
     done = {
-        "architectures": list(family.architectures[:1]),
-        "hidden_act": "silu",
+        "architectures": [read.family.architecture],
         **config,
-        **{name: getattr(facts, name) for name in fields},
-        **_rope_fields(config, facts),
-        "model_type": family.model_type,
+        **read.fields,
+        "model_type": read.family.model_type,
         "dtype": dtype,
         "torch_dtype": dtype,
     }
@@ -60,24 +55,6 @@ def complete_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     if done.get("transformers_version") is None:
         done["transformers_version"] = importlib.metadata.version("transformers")
     return done
-
-
-def _rope_fields(config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
-    """`rope_parameters` for transformers 5, `rope_theta` and `rope_scaling` (null for default) for 4."""
-    given = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    spelled_out = ("rope_theta", "rope_type", "type")
-    # transformers 4 warns of a factor that is not a float.
-    scaling = {
-        name: float(value) if name.endswith("factor") else value
-        for name, value in given.items()
-        if name not in spelled_out
-    }
-    kind = {"rope_type": facts.rope.kind, **scaling}
-    return {
-        "rope_theta": facts.rope.theta,
-        "rope_scaling": None if facts.rope.kind == "default" else kind,
-        "rope_parameters": {"rope_theta": facts.rope.theta, **kind},
-    }
 
 
 def generation_config(

@@ -132,7 +132,7 @@ class XlaBackend:
         facts, runs = self.plan.facts, self.plan.layer_runs
         spec = ((), *spec_of(_CACHE_DIMS, self.plan.rules.acts))
         shape = (rows, length, facts.num_key_value_heads, facts.head_dim)
-        turns = [len(layers) // runs.period for layers in runs.runs for _ in range(runs.period)]
+        turns = [run.turns for run in runs.runs for _ in range(run.period)]
         return {
             f"{part}.{i}": self._zero((count, *shape), spec, dtype)
             for i, count in enumerate(turns)

@@ -70,7 +70,12 @@ def apply_passes(
     shards = decoder.loss_chunks.shards if products_are_cut_up else None
     scanned = [
         ScannedLayers(
-            [layers[run.start + j] for j in range(runs.period)], keeper, layout, runs.prefix(i), mesh, shards
+            [layers[layer] for layer in run.layers[: run.period]],
+            keeper,
+            layout,
+            runs.prefix(i),
+            mesh,
+            shards,
         )
         for i, run in enumerate(runs.runs)
     ]
@@ -169,9 +174,9 @@ class ChainedRuns(nn.ModuleList):
     ) -> tuple[torch.Tensor, Sequence[KVCache]]:
         """x [B, T, D]; caches, if any, those of each run after those of the run below."""
         written: list[KVCache] = []
-        of_run = 0 if caches is None else len(caches) // len(self)
-        for index, run in enumerate(self):
-            own = None if caches is None else caches[index * of_run : (index + 1) * of_run]
+        for run in self:
+            assert isinstance(run, ScannedLayers)
+            own = None if caches is None else caches[len(written) : len(written) + len(run.period)]
             x, new = run(x, context, own)
             written += new
         return x, written

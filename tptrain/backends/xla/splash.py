@@ -16,10 +16,11 @@ import torch
 from tptrain.backends.xla.jax_call import traced_call
 from tptrain.backends.xla.sharding import DeviceMesh
 from tptrain.config.kernels import SplashBlocks
+from tptrain.family import AttentionKind
 from tptrain.jaxside.lowering import Platform
 from tptrain.jaxside.splash import SplashCall, splash_backward_hlo, splash_forward_hlo
 from tptrain.mesh.rules import Rule, spec_of
-from tptrain.models.attention import AttentionCore, AttentionKind, CoreFactory
+from tptrain.models.attention import AttentionCore, CoreFactory
 from tptrain.models.marks import Marks
 
 Dims = tuple[str, ...]
