@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.func import functional_call
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tptrain.backends.base import Backend, HostShards, Tensors
 from tptrain.backends.shards import host_shards
@@ -88,15 +88,14 @@ LLAMA3_TIED = small_config("llama3", tie_word_embeddings=True)
 
 def reference_model(config: Mapping[str, Any]) -> Any:
     """transformers' model of a config, in float32 with eager attention and every tensor random."""
-    made = LlamaConfig(**config)
-    made._attn_implementation = "eager"
-    model = LlamaForCausalLM(made).eval()
+    made = AutoConfig.for_model(**config)
+    model = AutoModelForCausalLM.from_config(made, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name:  # not ones, which would hide a norm whose scale is forgotten
-                parameter.copy_(1 + 0.2 * noise)
+            if "norm" in name:  # not as they begin, which would hide a norm whose scale is forgotten
+                parameter.add_(0.2 * noise)
             else:
                 parameter.copy_(WEIGHT_STD * noise)
     return model

@@ -1,0 +1,107 @@
+"""A small model of every family, shaped so that each of its features moves the logits.
+
+Windows are shorter than the rows, soft caps are within reach of scores and logits, depths end inside of a
+period, and no two sizes of a config are equal.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests import small
+from tptrain.family import families
+
+WINDOW = 7
+_SIZES: dict[str, Any] = {
+    "vocab_size": small.VOCAB,
+    "hidden_size": 136,
+    "intermediate_size": 88,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 10,
+    "rms_norm_eps": 1e-3,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "rope_parameters": small.ROPES["llama3"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+_GEMMA: dict[str, Any] = {
+    "tie_word_embeddings": True,
+    "sliding_window": WINDOW,
+    "query_pre_attn_scalar": 21,
+    "final_logit_softcapping": 4.0,
+}
+
+# Name of a case -> config.json, in the spelling of transformers 5.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", **_SIZES},
+    "qwen2": {
+        "model_type": "qwen2",
+        **_SIZES,
+        **{"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    },
+    "qwen3": {"model_type": "qwen3", **_SIZES, "tie_word_embeddings": True},
+    "mistral": {"model_type": "mistral", **_SIZES, "sliding_window": WINDOW},
+    "gemma2": {
+        "model_type": "gemma2",
+        **_SIZES,
+        **_GEMMA,
+        **{"num_hidden_layers": 5, "attn_logit_softcapping": 1.5},
+    },
+    "gemma3_text": {
+        "model_type": "gemma3_text",
+        **_SIZES,
+        **_GEMMA,
+        "num_hidden_layers": 8,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 50000.0, "factor": 4.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    },
+}
+for _name, _config in CONFIGS.items():
+    _config["architectures"] = [families()[_config["model_type"]].architecture]
+
+
+@cache
+def model_of(name: str) -> Any:
+    """transformers' model of a case, in float32 with eager attention and every tensor random."""
+    return small.reference_model(CONFIGS[name])
+
+
+def masks_of(model: Any, rows: small.Rows) -> Any:
+    """The masks of segments, causality and windows as transformers' model takes them."""
+    ids = torch.from_numpy(rows.segment_ids)
+    steps = torch.arange(ids.shape[1])
+    back = steps[:, None] - steps[None, :]
+    allowed = (back >= 0) & (ids[:, :, None] == ids[:, None, :])
+    window = getattr(model.config, "sliding_window", None)
+    near = allowed if window is None else allowed & (back < window)
+    full, sliding = (
+        torch.where(each, 0.0, torch.finfo(torch.float32).min)[:, None] for each in (allowed, near)
+    )
+    if getattr(model.config, "layer_types", None):
+        return {"full_attention": full, "sliding_attention": sliding}
+    return sliding
+
+
+def reference_logits(model: Any, rows: small.Rows) -> torch.Tensor:
+    """transformers' logits [B, T, V], which are wide enough to show a fault."""
+    tokens, positions, _ = (tensor.long() for tensor in rows.tensors())
+    with torch.no_grad():
+        masks = masks_of(model, rows)
+        logits = model(input_ids=tokens, position_ids=positions, attention_mask=masks).logits
+    spread = logits[torch.from_numpy(rows.real)].std().item()
+    assert spread >= 1, f"logits have a standard deviation of {spread}: too small to show a fault"
+    return logits
+
+
+def real(rows: small.Rows) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(rows.real))
