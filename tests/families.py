@@ -65,6 +65,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
         },
     },
+    "olmo2": {"model_type": "olmo2", **_SIZES},
 }
 for _name, _config in CONFIGS.items():
     _config["architectures"] = [families()[_config["model_type"]].architecture]
