@@ -149,7 +149,9 @@ def test_the_program_is_traced_without_data() -> None:
     buffers = backend.layout.buffers.values()
     params = {b.name: placeholder(b.shape, b.spec, b.dtype) for b in buffers}
     working = {name: p.requires_grad_(True) for name, p in params.items()}
-    constants = {n: placeholder(tuple(t.shape), ((),), t.dtype) for n, t in decoder.constants().items()}
+    constants = {
+        n: placeholder(tuple(t.shape), ((),) * t.ndim, t.dtype) for n, t in decoder.constants().items()
+    }
     rows = ((), *spec_of(("act_batch", "act_tokens"), plan.rules.acts))
     batch = {
         name: placeholder(a.shape, rows, torch.from_numpy(a).dtype)
