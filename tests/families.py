@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from tests import small
 from tptrain.family import families
@@ -66,6 +67,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
         },
     },
     "olmo2": {"model_type": "olmo2", **_SIZES},
+    "mixtral": {
+        "model_type": "mixtral",
+        **_SIZES,
+        **{"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": WINDOW},
+        **{"output_router_logits": True, "router_aux_loss_coef": 0.7},
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        **_SIZES,
+        **{"num_experts": 10, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "mlp_only_layers": [1]},
+        **{"norm_topk_prob": False, "router_aux_loss_coef": 0.7},
+    },
 }
 for _name, _config in CONFIGS.items():
     _config["architectures"] = [families()[_config["model_type"]].architecture]
@@ -93,12 +106,26 @@ def masks_of(model: Any, rows: small.Rows) -> Any:
     return sliding
 
 
+def outputs_of(model: Any, rows: small.Rows) -> tuple[torch.Tensor, torch.Tensor | float]:
+    """transformers' logits [B, T, V], and its router loss over the real tokens with its coefficient."""
+    tokens, positions, _ = (tensor.long() for tensor in rows.tensors())
+    masks, config = masks_of(model, rows), model.config
+    wanted = getattr(config, "output_router_logits", False)
+    given = {"input_ids": tokens, "position_ids": positions, "attention_mask": masks}
+    if not wanted:
+        return model(**given).logits, 0.0
+    # Around its own forward, which takes the router loss of padded batches only.
+    result = model.model(**given, output_router_logits=True)
+    loss = load_balancing_loss_func(
+        result.router_logits, config.num_local_experts, config.num_experts_per_tok, real(rows)
+    )
+    return model.lm_head(result.last_hidden_state), config.router_aux_loss_coef * loss
+
+
 def reference_logits(model: Any, rows: small.Rows) -> torch.Tensor:
     """transformers' logits [B, T, V], which are wide enough to show a fault."""
-    tokens, positions, _ = (tensor.long() for tensor in rows.tensors())
     with torch.no_grad():
-        masks = masks_of(model, rows)
-        logits = model(input_ids=tokens, position_ids=positions, attention_mask=masks).logits
+        logits, _ = outputs_of(model, rows)
     spread = logits[torch.from_numpy(rows.real)].std().item()
     assert spread >= 1, f"logits have a standard deviation of {spread}: too small to show a fault"
     return logits

@@ -108,8 +108,21 @@ def reference(tied: bool = False) -> Any:
 
 
 def weights_of(model: Any) -> Tensors:
-    """Name -> tensor of every parameter of a reference model; a tied one once."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    """Name -> tensor of every parameter of a reference model; a tied one once.
+
+    transformers keeps gate and up of all experts in one tensor [E, 2 F, D].
+    """
+    weights: Tensors = {}
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach()
+        if name.endswith("experts.gate_up_proj"):
+            prefix = name.removesuffix("gate_up_proj")
+            weights[f"{prefix}gate_proj.weight"], weights[f"{prefix}up_proj.weight"] = tensor.chunk(2, dim=1)
+        elif name.endswith("experts.down_proj"):
+            weights[f"{name}.weight"] = tensor
+        else:
+            weights[name] = tensor
+    return weights
 
 
 class DictSource:

@@ -14,6 +14,7 @@ from tests import families, small
 from tptrain.backends.base import Tensors
 from tptrain.backends.torch_backend import TorchBackend
 from tptrain.family import LayerKind, ModelFacts, RopeFacts, facts_from_config
+from tptrain.family.facts import ExpertFacts
 from tptrain.models.attention import KVCache
 from tptrain.models.decoder import Decoder
 from tptrain.train.schedule import learning_rate
@@ -68,6 +69,13 @@ _WIDER = LayerKind(families.WINDOW + 1)
 _NARROW = LayerKind(families.WINDOW)
 _UNSCALED = RopeFacts("default", 10000.0)
 
+
+def _experts(name: str, **changes: Any) -> ExpertFacts:
+    experts = facts_of(name).experts
+    assert experts is not None
+    return dataclasses.replace(experts, **changes)
+
+
 # What a case is told wrongly. Weights that the wrong model lacks are left out.
 MUTATIONS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"rope": _UNSCALED}),
@@ -93,6 +101,13 @@ MUTATIONS: list[tuple[str, dict[str, Any]]] = [
     ("gemma3_text", {"layer_period": (*[_NARROW] * 5, LayerKind())}),
     ("gemma3_text", {"layer_period": (*[LayerKind(families.WINDOW, _UNSCALED)] * 4, LayerKind())}),
     ("gemma3_text", {"norm_scale": "before_cast"}),
+    ("olmo2", {"qk_norm": "none"}),
+    ("olmo2", {"norm_scale": "one_plus"}),
+    ("mixtral", {"experts": _experts("mixtral", normalises_weights=False)}),
+    ("mixtral", {"experts": _experts("mixtral", num_experts_per_tok=3)}),
+    ("mixtral", {"layer_period": (LayerKind(has_experts=True),)}),
+    ("qwen3_moe", {"experts": _experts("qwen3_moe", normalises_weights=True)}),
+    ("qwen3_moe", {"experts": _experts("qwen3_moe", num_experts_per_tok=2)}),
 ]
 
 
@@ -116,6 +131,31 @@ def _with_norm_forgotten(patch: pytest.MonkeyPatch, part: str) -> None:
 def test_a_forgotten_norm_around_a_block_shows(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _with_norm_forgotten(monkeypatch, part)
     assert gap("gemma2", "packed", facts_of("gemma2"), weights_of("gemma2")) >= BROKEN
+
+
+def _swapped(weights: Tensors, one: str, other: str) -> Tensors:
+    swap = {name: name.replace(one, other) for name in weights if one in name}
+    swap |= {theirs: ours for ours, theirs in swap.items()}
+    return {name: weights[swap.get(name, name)] for name in weights}
+
+
+def test_matrices_of_experts_mixed_up_show() -> None:
+    swapped = _swapped(weights_of("mixtral"), "experts.gate_proj", "experts.up_proj")
+    assert gap("mixtral", "packed", facts_of("mixtral"), swapped) >= BROKEN
+
+
+def test_a_router_of_experts_in_another_order_shows() -> None:
+    weights = {n: t.flip(0) if n.endswith("mlp.gate.weight") else t for n, t in weights_of("mixtral").items()}
+    assert gap("mixtral", "packed", facts_of("mixtral"), weights) >= BROKEN
+
+
+def test_the_routers_loss_moves_training() -> None:
+    """By more than the tolerance of the comparison with transformers."""
+    without = _transformers_losses(
+        "mixtral", small.torch_plan(config=families.CONFIGS["mixtral"]).recipe, 0.0
+    )
+    expected = _transformers_losses("mixtral", small.torch_plan(config=families.CONFIGS["mixtral"]).recipe)
+    assert abs(without[0] - expected[0]) > 100 * LOSSES
 
 
 @pytest.mark.parametrize("name", families.CONFIGS)
@@ -174,7 +214,7 @@ def test_training_losses_equal_those_of_transformers(name: str) -> None:
     assert expected[-1] < expected[0] - 0.5, "too little was learned to tell two trainings apart"
 
 
-def _transformers_losses(name: str, recipe: Any) -> list[float]:
+def _transformers_losses(name: str, recipe: Any, router_part: float = 1.0) -> list[float]:
     model = small.reference_model(families.CONFIGS[name])
     parameters, optim = dict(model.named_parameters()), recipe.optim
     groups = [
@@ -186,14 +226,10 @@ def _transformers_losses(name: str, recipe: Any) -> list[float]:
     for number in range(1, LOSS_STEPS + 1):
         batch = {n: torch.from_numpy(array[0]) for n, array in small.train_batch(number % 2).items()}
         rows = small.Rows(*(batch[n].numpy() for n in ("tokens", "positions", "segment_ids")))
-        logits = model(
-            input_ids=batch["tokens"].long(),
-            position_ids=batch["positions"].long(),
-            attention_mask=families.masks_of(model, rows),
-        ).logits
+        logits, router_loss = families.outputs_of(model, rows)
         targets, weights = batch["targets"].flatten().long(), batch["weights"].flatten()
         likelihood = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
-        loss = (likelihood * weights).sum() / weights.sum()
+        loss = (likelihood * weights).sum() / weights.sum() + router_part * router_loss
         adamw.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), optim.clip_norm)

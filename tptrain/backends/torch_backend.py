@@ -18,7 +18,7 @@ from tptrain.config.state_parts import PARAMS
 from tptrain.jaxside.random_init import RandomSource
 from tptrain.mesh import Spec
 from tptrain.models.attention import KVCache
-from tptrain.models.decoder import Decoder, LayerContext, LayerList
+from tptrain.models.decoder import Decoder, LayerContext, LayerList, LayerResult
 
 
 class CheckpointedLayers(LayerList):
@@ -26,18 +26,21 @@ class CheckpointedLayers(LayerList):
 
     def forward(
         self, x: torch.Tensor, context: LayerContext, caches: Sequence[KVCache] | None = None
-    ) -> tuple[torch.Tensor, list[KVCache]]:
+    ) -> LayerResult:
         if caches is not None:
             return super().forward(x, context, caches)
+        sums: list[torch.Tensor] = []
         for layer in self:
             # The weights as they are now: by the backward pass, `functional_call` has taken them out again.
             weights: Tensors = dict(layer.named_parameters())
 
-            def run(x: torch.Tensor, layer: nn.Module = layer, weights: Tensors = weights) -> torch.Tensor:
-                return functional_call(layer, weights, (x, context))[0]
+            def run(x: torch.Tensor, layer: nn.Module = layer, weights: Tensors = weights) -> LayerResult:
+                result: LayerResult = functional_call(layer, weights, (x, context))
+                return result._replace(caches=[])
 
-            x = checkpoint(run, x, use_reentrant=False)
-        return x, []
+            x, _, more = checkpoint(run, x, use_reentrant=False)
+            sums += more
+        return LayerResult(x, [], sums)
 
 
 class EagerStep:

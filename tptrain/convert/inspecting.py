@@ -29,7 +29,7 @@ from tptrain.errors import refuse
 from tptrain.hf_files import INDEX_FILE, SINGLE_FILE
 from tptrain.weights.safetensors_files import open_checkpoint
 from tptrain.weights.safetensors_header import FLOAT_DTYPES
-from tptrain.weights.stored_tensor import StoredTensor
+from tptrain.weights.stored_tensor import SlicedTensor, StoredTensor
 
 RUN_FACTS = ("step", "cursor", "seeds", "mesh", "versions", "source")
 
@@ -125,7 +125,7 @@ def inspect_folder(folder: Path, setting: str = "PATH") -> Contents:
     return Contents(folder, "folder", dict(sorted(items.items())), _disk_bytes(folder, files))
 
 
-def tensor_array(tensor: StoredTensor) -> Array:
+def tensor_array(tensor: StoredTensor | SlicedTensor) -> Array:
     """A tensor of a folder; dtypes other than floats keep the name that the format gives them."""
     dtype = FLOAT_DTYPES.get(tensor.dtype)
     name = str(dtype).removeprefix("torch.") if dtype else tensor.dtype

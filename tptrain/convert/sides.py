@@ -20,7 +20,7 @@ from tptrain.hf_files import CONFIG_FILE, GENERATION_FILE
 from tptrain.weights import complete_config
 from tptrain.weights.hf_json import generation_config, read_json, with_token_ids
 from tptrain.weights.safetensors_files import open_checkpoint
-from tptrain.weights.stored_tensor import StoredTensor
+from tptrain.weights.safetensors_in import Stored, rows_in_files
 
 _BLOCK_BYTES = 4 * 2**20
 # Dtypes are compared tensor by tensor; what a config says of them need not be so.
@@ -74,18 +74,17 @@ def _step_blocks(reader: StepReader, name: str, array: Array) -> Blocks:
 
 def _folder_side(folder: Path, setting: str) -> Side:
     config = _config(read_json(folder / CONFIG_FILE, setting), folder, setting)
-    tensors = open_checkpoint(folder, setting)
-    for row in parameter_table(facts_from_config(config)):
-        # A tied pair may be stored under either of its names, or under both.
-        if row.tied_to is not None and row.name in tensors:
-            tensors.setdefault(row.tied_to, tensors[row.name])
-            del tensors[row.name]
+    files = open_checkpoint(folder, setting)
+    table = parameter_table(facts_from_config(config))
+    known = {name for row in table for name in row.file_sizes}
+    tensors: dict[str, Stored] = rows_in_files(table, files)
+    tensors |= {name: tensor for name, tensor in files.items() if name not in known}
     arrays = {name: tensor_array(tensor) for name, tensor in tensors.items()}
     _require_floats(arrays, folder, setting)
     return Side(arrays, {name: _folder_blocks(tensor) for name, tensor in tensors.items()}, config)
 
 
-def _folder_blocks(tensor: StoredTensor) -> Blocks:
+def _folder_blocks(tensor: Stored) -> Blocks:
     return lambda: tensor.read_blocks(_BLOCK_BYTES)
 
 

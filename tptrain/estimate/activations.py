@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from tptrain.config.remat import KEPT, LAYER_INPUT
 from tptrain.estimate.workload import Workload
+from tptrain.family import ModelFacts
 from tptrain.family.table import DTYPE_BYTES
 from tptrain.mesh.rules import split_count
 
@@ -82,9 +83,17 @@ def act_sizes(work: Workload) -> dict[str, int]:
         "act_kv_heads": facts.num_key_value_heads,
         "act_group": facts.num_attention_heads // facts.num_key_value_heads,
         "act_head_dim": -(-facts.head_dim // lanes) * lanes,
-        "act_mlp": facts.intermediate_size,
+        "act_mlp": mlp_size(facts),
         "act_vocab": head.padded_size[head.dims.index("vocab")],
     }
+
+
+def mlp_size(facts: ModelFacts) -> int:
+    """Width of the MLP's activations for one token: of the widest kind of layer, with all its experts."""
+    widths = [facts.intermediate_size] if any(not kind.has_experts for kind in facts.layer_kinds) else []
+    if facts.experts is not None:
+        widths.append(facts.experts.num_experts_per_tok * facts.experts.intermediate_size)
+    return max(widths)
 
 
 def device_elements(dims: tuple[str, ...], work: Workload) -> int:

@@ -76,18 +76,17 @@ def attended_pairs(tokens: int, window: int | None) -> int:
 def step_flops(work: Workload) -> Flops:
     """6 x parameters in matrix products x tokens, and causal attention: 12 x N x H a pair of tokens.
 
-    Less for frozen matrices, which have no gradient of their own, and for layers that no gradient goes
-    through, because nothing in them or below is trained. The embedding is a look-up and has none, as long as
-    it is not the head as well. Recomputed: 2 x parameters x tokens and 4 x N x H a pair for the matrix
-    products of a layer whose output the remat policy drops and the backward pass asks for.
+    Of experts those that a token is given to count. Less for frozen matrices, which have no gradient of their
+    own, and for layers that no gradient goes through, because nothing in them or below is trained. The
+    embedding is a look-up and has none, as long as it is not the head as well. Recomputed: 2 x parameters x
+    tokens and 4 x N x H a pair for the matrix products of a layer whose output the remat policy drops and the
+    backward pass asks for.
     """
     tokens, kept = step_tokens(work), KEPT[work.remat]
-    forward, back = (
-        [row for row in rows if len(row.size) == 2] for rows in (work.layer_rows, work.back_rows)
-    )
-    once = sum(row.num_elements for row in [*forward, work.head])
-    gone_back = sum(_backward_products(row) * row.num_elements for row in [*back, work.head])
-    again = sum(row.num_elements for row in back if _is_recomputed(row, kept))
+    forward, back = ([row for row in rows if len(row.size) > 1] for rows in (work.layer_rows, work.back_rows))
+    once = sum(work.used_elements(row) for row in [*forward, work.head])
+    gone_back = sum(_backward_products(row) * work.used_elements(row) for row in [*back, work.head])
+    again = sum(work.used_elements(row) for row in back if _is_recomputed(row, kept))
     attention = _attention_flops(work)
     core_back = attention * work.back_layers / work.facts.num_hidden_layers
     model = 2 * (once + gone_back) * tokens + attention + 2 * core_back

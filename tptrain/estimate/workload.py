@@ -135,6 +135,13 @@ class Workload:
             for each in self.optimizer
         )
 
+    def used_elements(self, row: ParamRow) -> int:
+        """Numbers of a row that each token is multiplied with: of experts those of the chosen ones."""
+        experts = self.facts.experts
+        if experts is None or not row.is_in_slices:
+            return row.num_elements
+        return row.num_elements * experts.num_experts_per_tok // experts.num_experts
+
     def split_axes(self, row: ParamRow) -> list[str]:
         """The axes of size above 1 that split a row."""
         return [axis for axes in self.specs[row.name] for axis in axes if self.axis_sizes[axis] > 1]

@@ -6,7 +6,7 @@ A family reads its own fields on top and states its features as facts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tptrain.family.facts import LayerKind, ModelFacts, RopeFacts
@@ -97,41 +97,87 @@ def shortest_period(kinds: Sequence[LayerKind]) -> tuple[LayerKind, ...]:
     return tuple(kinds[:count])
 
 
-def decoder_table(facts: ModelFacts) -> tuple[ParamRow, ...]:
-    """All rows, in the order of the model's forward pass."""
+@dataclass(frozen=True)
+class ExpertNames:
+    """What files call the parts of a mixture of experts, below `model.layers.7.`."""
+
+    router: str = "mlp.gate.weight"
+    experts: str = "mlp.experts"
+    gate_proj: str = "gate_proj"
+    up_proj: str = "up_proj"
+    down_proj: str = "down_proj"
+
+
+def decoder_table(facts: ModelFacts, names: ExpertNames = ExpertNames()) -> tuple[ParamRow, ...]:
+    """All rows, in the order of the model's forward pass. names: in files, where there are experts."""
     vocab, d = facts.vocab_size, facts.hidden_size
     rows = [matrix("model.embed_tokens.weight", ("vocab", "embed"), (vocab, d))]
-    for layer in range(facts.num_hidden_layers):
-        rows += _layer_rows(facts, f"model.layers.{layer}.")
+    for layer, kind in enumerate(facts.layer_kinds):
+        prefix = f"model.layers.{layer}."
+        rows += _attention_rows(facts, prefix)
+        rows += expert_rows(facts, prefix, names) if kind.has_experts else _mlp_rows(facts, prefix)
+        rows += [_norm(facts, f"{prefix}{name}", d) for name in facts.block_norm_names]
     rows.append(_norm(facts, "model.norm", d))
     tied_to = "model.embed_tokens.weight" if facts.tie_word_embeddings else None
     head = ParamRow("lm_head.weight", ("vocab", "embed"), (vocab, d), (vocab, d), tied_to=tied_to)
     return (*rows, head)
 
 
-def _layer_rows(facts: ModelFacts, prefix: str) -> list[ParamRow]:
-    """The rows of one decoder layer, `prefix` being `model.layers.7.`."""
-    d, f, h = facts.hidden_size, facts.intermediate_size, facts.head_dim
+def _attention_rows(facts: ModelFacts, prefix: str) -> list[ParamRow]:
+    """The rows of a layer's attention, `prefix` being `model.layers.7.`."""
+    d, h = facts.hidden_size, facts.head_dim
     q, kv = facts.num_attention_heads * h, facts.num_key_value_heads * h
     projections = [
         ("self_attn.q_proj", ("heads", "embed"), (q, d), facts.qkv_bias),
         ("self_attn.k_proj", ("kv_heads", "embed"), (kv, d), facts.qkv_bias),
         ("self_attn.v_proj", ("kv_heads", "embed"), (kv, d), facts.qkv_bias),
         ("self_attn.o_proj", ("embed", "heads"), (d, q), facts.attention_output_bias),
+    ]
+    rows = _projection_rows(projections, prefix)
+    if facts.qk_norm != "none":
+        for name, all_heads in (("q", q), ("k", kv)):
+            norm_size = h if facts.qk_norm == "head" else all_heads
+            rows.append(_norm(facts, f"{prefix}self_attn.{name}_norm", norm_size))
+    return rows
+
+
+def _mlp_rows(facts: ModelFacts, prefix: str) -> list[ParamRow]:
+    d, f = facts.hidden_size, facts.intermediate_size
+    projections = [
         ("mlp.gate_proj", ("mlp", "embed"), (f, d), facts.mlp_bias),
         ("mlp.up_proj", ("mlp", "embed"), (f, d), facts.mlp_bias),
         ("mlp.down_proj", ("embed", "mlp"), (d, f), facts.mlp_bias),
     ]
+    return _projection_rows(projections, prefix)
+
+
+def _projection_rows(
+    projections: Sequence[tuple[str, tuple[str, str], tuple[int, int], bool]], prefix: str
+) -> list[ParamRow]:
+    """Matrices (name, dims, size), and a bias where there is one."""
     rows = []
     for name, dims, size, has_bias in projections:
         rows.append(matrix(f"{prefix}{name}.weight", dims, size))
         if has_bias:
             rows.append(bias(f"{prefix}{name}.bias", dims[0], size[0]))
-    if facts.qk_norm != "none":
-        for name, all_heads in (("q", q), ("k", kv)):
-            norm_size = h if facts.qk_norm == "head" else all_heads
-            rows.append(_norm(facts, f"{prefix}self_attn.{name}_norm", norm_size))
-    return rows + [_norm(facts, f"{prefix}{name}", d) for name in facts.block_norm_names]
+    return rows
+
+
+def expert_rows(facts: ModelFacts, prefix: str, names: ExpertNames) -> list[ParamRow]:
+    """Router and experts of a layer: one row for each matrix of all experts."""
+    assert facts.experts is not None, "a layer with experts is in a model that says how many"
+    d, f, count = facts.hidden_size, facts.experts.intermediate_size, facts.experts.num_experts
+    router = matrix(f"{prefix}mlp.gate.weight", ("router", "embed"), (count, d))
+    rows = [replace(router, in_files=(f"{prefix}{names.router}",))]
+    for ours, theirs, dims, size in (
+        ("gate_proj", names.gate_proj, ("expert_mlp", "expert_embed"), (f, d)),
+        ("up_proj", names.up_proj, ("expert_mlp", "expert_embed"), (f, d)),
+        ("down_proj", names.down_proj, ("expert_embed", "expert_mlp"), (d, f)),
+    ):
+        row = matrix(f"{prefix}mlp.experts.{ours}.weight", ("experts", *dims), (count, *size))
+        files = (f"{prefix}{names.experts}.{expert}.{theirs}.weight" for expert in range(count))
+        rows.append(replace(row, in_files=tuple(files)))
+    return rows
 
 
 def _norm(facts: ModelFacts, name: str, size: int) -> ParamRow:

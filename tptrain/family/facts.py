@@ -34,12 +34,31 @@ class RopeFacts:
 class LayerKind:
     """What may differ from one decoder layer to the next.
 
-    window: how many tokens, itself included, a token may look back on; None for all of them.
-    rope:   the layer's own rotary embedding; None for the model's.
+    window:      how many tokens, itself included, a token may look back on; None for all of them.
+    rope:        the layer's own rotary embedding; None for the model's.
+    has_experts: whether a mixture of experts stands in the place of the MLP.
     """
 
     window: int | None = None
     rope: RopeFacts | None = None
+    has_experts: bool = False
+
+
+@dataclass(frozen=True)
+class ExpertFacts:
+    """Mixtures of experts.
+
+    num_experts_per_tok: how many experts each token is given to.
+    intermediate_size:   of one expert's MLP.
+    normalises_weights:  whether the weights of a token's experts sum to 1.
+    router_loss_coef:    factor of the router's loss in the training loss; 0 for none.
+    """
+
+    num_experts: int
+    num_experts_per_tok: int
+    intermediate_size: int
+    normalises_weights: bool
+    router_loss_coef: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -99,6 +118,7 @@ class ModelFacts:
     query_scale:   factor of the products of queries and keys; None: head_dim ** -0.5.
     attention_soft_cap, logit_soft_cap: a value v becomes cap * tanh(v / cap); None for no cap.
     embedding_scale: factor of the embedded tokens, rounded to the format they are in.
+    experts:       of the layers that have them; None for a model without.
     """
 
     family: str
@@ -126,6 +146,7 @@ class ModelFacts:
     attention_soft_cap: float | None = None
     logit_soft_cap: float | None = None
     embedding_scale: float = 1.0
+    experts: ExpertFacts | None = None
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
@@ -160,9 +181,15 @@ class ModelFacts:
 
         Attention projections are split by whole heads, so `heads` counts heads, not rows.
         """
-        return {
+        units = {
             "embed": ("hidden_size", self.hidden_size),
             "heads": ("num_attention_heads", self.num_attention_heads),
             "kv_heads": ("num_key_value_heads", self.num_key_value_heads),
-            "mlp": ("intermediate_size", self.intermediate_size),
         }
+        if not all(kind.has_experts for kind in self.layer_kinds):
+            units["mlp"] = ("intermediate_size", self.intermediate_size)
+        if self.experts is not None:
+            units["experts"] = ("num_experts", self.experts.num_experts)
+            units["expert_mlp"] = ("the experts' intermediate size", self.experts.intermediate_size)
+            units["expert_embed"] = units["embed"]
+        return units

@@ -66,6 +66,15 @@ class ConfigReader:
         self.fields[field] = value
         return value
 
+    def size_by(self, field: str, other_field: str, default: int) -> int:
+        """A size that has two names; with both present, they must agree."""
+        theirs = self.get(other_field)
+        value = self.size(field, default if theirs is None else theirs)
+        if theirs is not None and theirs != value:
+            self.report(field, value, "must agree with", f"{other_field}={theirs}", str(theirs))
+        self.fields[other_field] = value
+        return value
+
     def whole_number(self, field: str, default: int) -> int:
         """A whole number that may be 0."""
         value = self.get(field, default)
@@ -116,6 +125,18 @@ class ConfigReader:
             self.report(field, value, "is not supported", f"supported: {listed}", listed)
         if write or field in self.config:
             self.fields[field] = value
+
+    def layer_numbers(self, field: str, count: int) -> list[int]:
+        """Numbers of some of `count` layers; none where the field is missing or null."""
+        given = self.get(field)
+        numbers: list[int] = [] if given is None else given
+        is_list = isinstance(numbers, list) and all(type(number) is int for number in numbers)
+        if not is_list or not all(0 <= number < count for number in numbers):
+            rule, other = "must list layers by number", f"num_hidden_layers={count}"
+            self.report(field, given, rule, other, f"a list of numbers from 0 to {count - 1}")
+            numbers = []
+        self.fields[field] = numbers
+        return numbers
 
     def layer_types(self, default: Sequence[str]) -> list[str]:
         """For every layer SLIDING or FULL. default: where the config does not list them."""

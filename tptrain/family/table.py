@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 # The closed vocabulary of parameter dims. A rule table must speak about each one it meets.
-PARAM_DIMS = ("vocab", "embed", "heads", "kv_heads", "mlp", "norm", "layers")
+PARAM_DIMS = (
+    *("vocab", "embed", "heads", "kv_heads", "mlp", "norm", "layers"),
+    *("router", "experts", "expert_mlp", "expert_embed"),
+)
 
 Init = Literal["normal", "ones", "zeros"]
 
@@ -23,7 +26,7 @@ DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 class ParamRow:
     """One parameter tensor.
 
-    name:          the tensor's name in Hugging Face safetensors files.
+    name:          the tensor's name in Hugging Face safetensors files; what differs is told by `in_files`.
     dims:          a name from PARAM_DIMS for each dimension, in the file's layout (`[out, in]`).
     size:          elements per dimension on disk.
     padded_size:   elements per dimension in memory; larger than `size` only where `vocab` is padded.
@@ -32,6 +35,8 @@ class ParamRow:
     trainable:     whether the optimizer updates it.
     storage_dtype: dtype of the master copy in memory and in checkpoints.
     tied_to:       name of the row that stores the data of this one; None for a row with its own data.
+    in_files:      names of the tensors in files where these are not the row itself: another name for it, or
+                   one for each slice along its first dim, which are experts.
     """
 
     name: str
@@ -43,6 +48,18 @@ class ParamRow:
     trainable: bool = True
     storage_dtype: str = "float32"
     tied_to: str | None = None
+    in_files: tuple[str, ...] = ()
+
+    @property
+    def is_in_slices(self) -> bool:
+        """Whether files hold each slice along the first dim as a tensor of its own."""
+        return self.dims[:1] == ("experts",)
+
+    @property
+    def file_sizes(self) -> dict[str, tuple[int, ...]]:
+        """Name in files -> elements per dimension, in the order of the slices."""
+        size = self.size[1:] if self.is_in_slices else self.size
+        return dict.fromkeys(self.in_files or (self.name,), size)
 
     @property
     def num_elements(self) -> int:

@@ -4,7 +4,7 @@ Every module takes its own parameters as a flat dict, named from itself downward
 attribute path of the same name.
 
 Shapes: B batch, T query tokens, S key tokens, D model, N heads, K kv heads, G = N / K, H head dim, F mlp,
-V vocab.
+V vocab, E experts.
 """
 
 from __future__ import annotations
@@ -163,12 +163,65 @@ class MLP(nnx.Module):
         return self.down_proj(mark(self.activation(gate) * up, "mlp_hidden", _HIDDEN))
 
 
+class Router(nnx.Module):
+    """Probabilities of all experts: x [B, T, D] -> float32 (or wider) [B, T, E]."""
+
+    def __init__(self, params: Params):
+        self.weight = nnx.Param(params["weight"])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jax.nn.softmax(widened(jnp.einsum("btd,ed->bte", x, self.weight[...])), axis=-1)
+
+
+class ExpertMatrix(nnx.Module):
+    """One matrix of every expert: [E, out, in]."""
+
+    def __init__(self, params: Params):
+        self.weight = nnx.Param(params["weight"])
+
+
+class Experts(nnx.Module):
+    """The matrices of all experts of a layer."""
+
+    def __init__(self, params: Params):
+        self.gate_proj = ExpertMatrix(under(params, "gate_proj"))
+        self.up_proj = ExpertMatrix(under(params, "up_proj"))
+        self.down_proj = ExpertMatrix(under(params, "down_proj"))
+
+
+class MixtureOfExperts(nnx.Module):
+    """Router and experts (arXiv:2401.04088), every expert computed for every token, one after the other."""
+
+    def __init__(self, facts: ModelFacts, params: Params):
+        assert facts.experts is not None, "a layer with experts is in a model that says how many"
+        self.gate, self.experts = Router(under(params, "gate")), Experts(under(params, "experts"))
+        self.facts, self.activation = facts.experts, ACTIVATIONS[facts.activation]
+
+    def __call__(self, x: jax.Array, mark: Mark) -> jax.Array:
+        probabilities = self.gate(x)
+        _, choices = jax.lax.top_k(probabilities, self.facts.num_experts_per_tok)
+        chosen = (choices[..., None] == jnp.arange(self.facts.num_experts)).any(-2)
+        weights = jnp.where(chosen, probabilities, 0)
+        if self.facts.normalises_weights:
+            weights = weights / weights.sum(-1, keepdims=True)
+        experts = self.experts
+        matrices = [each.weight[...] for each in (experts.gate_proj, experts.up_proj, experts.down_proj)]
+
+        def add(total: jax.Array, expert: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+            weight, gate, up, down = expert
+            hidden = self.activation(x @ gate.T) * (x @ up.T)
+            return total + weight[..., None] * (hidden @ down.T), None
+
+        by_expert = jnp.moveaxis(weights.astype(x.dtype), -1, 0)
+        return jax.lax.scan(add, jnp.zeros_like(x), (by_expert, *matrices))[0]
+
+
 class Block(nnx.Module):
     """One decoder layer: attention and MLP, each added to the residual stream, with norms around them."""
 
     def __init__(self, facts: ModelFacts, kind: LayerKind, params: Params):
         self.self_attn = Attention(facts, kind, under(params, "self_attn"))
-        self.mlp = MLP(facts, under(params, "mlp"))
+        self.mlp = (MixtureOfExperts if kind.has_experts else MLP)(facts, under(params, "mlp"))
         self.norms = facts.block_norm_names
         for name in self.norms:
             setattr(self, name, RMSNorm(facts, under(params, name)))

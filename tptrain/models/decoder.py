@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from tptrain.models.attention import (
     soft_capped,
     write_cache,
 )
+from tptrain.models.experts import ExpertsCore, MixtureOfExperts, every_expert, router_loss
 from tptrain.models.loss import LossChunks, Projection, mean_loss
 from tptrain.models.marks import Marks
 from tptrain.models.norms import RMSNorm
@@ -37,11 +39,24 @@ class LayerContext:
     rotations: cosine and sine of every rotary embedding of the model, each [B, T, 1, H].
     attention: how queries, keys and values become attended values; knows the segments of the rows.
     positions: [B, T], where a cached layer writes its keys and values.
+    experts:   what chosen experts make of their tokens.
+    counted:   [B, T], 1 for the tokens of the router's loss and 0 for others; None where it is not asked for.
     """
 
     rotations: Mapping[RopeFacts, tuple[torch.Tensor, torch.Tensor]]
     attention: AttentionCore
     positions: torch.Tensor
+    experts: ExpertsCore
+    counted: torch.Tensor | None = None
+
+
+class LayerResult(NamedTuple):
+    """x [B, T, D]; the keys and values of one or of several layers; the router's sums, [2, E] for each layer
+    with experts (perhaps stacked), where they are asked for."""
+
+    x: torch.Tensor
+    caches: list[KVCache]
+    router_sums: list[torch.Tensor]
 
 
 class Attention(nn.Module):
@@ -125,6 +140,7 @@ class MLP(nn.Module):
         self.activation, self.marks = ACTIVATIONS[facts.activation], marks
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, T, D] -> [B, T, D]."""
         gate = self.marks(self.gate_proj(x), "gate", "act_batch", "act_tokens", "act_mlp")
         up = self.marks(self.up_proj(x), "up", "act_batch", "act_tokens", "act_mlp")
         hidden = self.marks(self.activation(gate) * up, "mlp_hidden", "act_batch", "act_tokens", "act_mlp")
@@ -140,21 +156,30 @@ class Block(nn.Module):
     def __init__(self, facts: ModelFacts, kind: LayerKind, marks: Marks):
         super().__init__()
         self.self_attn = Attention(facts, kind, marks)
-        self.mlp = MLP(facts, marks)
+        self.mlp: nn.Module
+        if kind.has_experts:
+            assert facts.experts is not None, "a layer with experts is in a model that says how many"
+            activation = ACTIVATIONS[facts.activation]
+            self.mlp = MixtureOfExperts(facts.hidden_size, facts.experts, activation, marks)
+        else:
+            self.mlp = MLP(facts, marks)
         self.norms = facts.block_norm_names
         for name in self.norms:
             setattr(self, name, _norm(facts, facts.hidden_size))
         self.marks = marks
 
-    def forward(
-        self, x: torch.Tensor, context: LayerContext, cache: KVCache | None = None
-    ) -> tuple[torch.Tensor, KVCache]:
+    def forward(self, x: torch.Tensor, context: LayerContext, cache: KVCache | None = None) -> LayerResult:
         given = self._mark(self._normed(x, self.norms.attention_input), "attention_input")
         attended, cache = self.self_attn(given, context, cache)
         x = self._mark(x + self._normed(attended, self.norms.attention_output), "after_attention")
         given = self._mark(self._normed(x, self.norms.mlp_input), "mlp_input")
-        x = x + self._normed(self.mlp(given), self.norms.mlp_output)
-        return self._mark(x, "after_mlp"), cache
+        sums: torch.Tensor | None = None
+        if isinstance(self.mlp, MixtureOfExperts):
+            output, sums = self.mlp(given, context.experts, context.counted)
+        else:
+            output = self.mlp(given)
+        x = self._mark(x + self._normed(output, self.norms.mlp_output), "after_mlp")
+        return LayerResult(x, [cache], [] if sums is None else [sums])
 
     def _normed(self, x: torch.Tensor, norm: str | None) -> torch.Tensor:
         return x if norm is None else getattr(self, norm)(x)
@@ -168,12 +193,12 @@ class LayerList(nn.ModuleList):
 
     def forward(
         self, x: torch.Tensor, context: LayerContext, caches: Sequence[KVCache] | None = None
-    ) -> tuple[torch.Tensor, list[KVCache]]:
-        written = []
+    ) -> LayerResult:
+        written, sums = list[KVCache](), list[torch.Tensor]()
         for index, layer in enumerate(self):
-            x, cache = layer(x, context, caches[index] if caches is not None else None)
-            written.append(cache)
-        return x, written
+            x, cache, more = layer(x, context, caches[index] if caches is not None else None)
+            written, sums = written + cache, sums + more
+        return LayerResult(x, written, sums)
 
 
 class Body(nn.Module):
@@ -204,6 +229,7 @@ class Decoder(nn.Module):
         self.marks = Marks()
         # How attention without caches is computed; a backend may put a kernel here.
         self.attention_core: CoreFactory = partial(PlainAttention.of_segments, marks=self.marks)
+        self.experts_core: ExpertsCore = every_expert
         self.model = Body(facts, self.padded_vocab, self.marks)
         if not facts.tie_word_embeddings:
             self.lm_head = nn.Linear(facts.hidden_size, self.padded_vocab, bias=False)
@@ -241,13 +267,29 @@ class Decoder(nn.Module):
     ) -> torch.Tensor:
         """Sum over tokens of weight x negative log-likelihood, over the scalar `total`.
 
+        With `router_loss_coef`, that much of the router's loss over all real tokens is added, times the part
+        that these rows have in `total`: of a batch in micro-batches it is the mean, by counted tokens.
+
         The logits of all tokens never exist together unless `loss_chunks` is None.
         """
-        hidden = self.hidden(tokens, positions, segment_ids)
+        has_router_loss = self.facts.experts is not None and self.facts.experts.router_loss_coef > 0
+        counted = (segment_ids > 0).to(weights.dtype) if has_router_loss else None
+        attention = self.attention_core(segment_ids, self.facts.windows)
+        hidden, _, router_sums = self._run(tokens, positions, attention, None, counted)
         chunks = self.loss_chunks or LossChunks(tokens.shape[1])
         head = self.head_weight
         projection = Projection(self.project, self.facts.logit_soft_cap)
-        return mean_loss(hidden, head, targets, weights, total, projection, self.marks, chunks)
+        loss = mean_loss(hidden, head, targets, weights, total, projection, self.marks, chunks)
+        if counted is None:
+            return loss
+        return loss + self._router_loss(router_sums, counted) * (weights.sum() / total).to(loss.dtype)
+
+    def _router_loss(self, router_sums: list[torch.Tensor], counted: torch.Tensor) -> torch.Tensor:
+        assert self.facts.experts is not None, "asked for where there are experts"
+        layers = [sums.reshape(-1, *sums.shape[-2:]) for sums in router_sums]
+        count = sum(len(each) for each in layers)
+        total = torch.stack([each.sum(0) for each in layers]).sum(0)
+        return self.facts.experts.router_loss_coef * router_loss(total, counted.sum() * count)
 
     def forward_cached(
         self, tokens: torch.Tensor, positions: torch.Tensor, caches: Sequence[KVCache]
@@ -255,7 +297,8 @@ class Decoder(nn.Module):
         """`hidden` against caches: returns hidden states [B, T, D] after the final norm, and new caches."""
         length = caches[0].key.shape[-3]
         masks = {window: cache_mask(positions, length, window) for window in self.facts.windows}
-        return self._run(tokens, positions, PlainAttention(masks, self.marks), caches)
+        result = self._run(tokens, positions, PlainAttention(masks, self.marks), caches)
+        return result.x, result.caches
 
     def _run(
         self,
@@ -263,7 +306,8 @@ class Decoder(nn.Module):
         positions: torch.Tensor,
         attention: AttentionCore,
         caches: Sequence[KVCache] | None,
-    ) -> tuple[torch.Tensor, Sequence[KVCache]]:
+        counted: torch.Tensor | None = None,
+    ) -> LayerResult:
         x = self.model.embed_tokens(tokens)
         if self.facts.embedding_scale != 1:
             x = x * torch.tensor(self.facts.embedding_scale, dtype=x.dtype).item()
@@ -272,8 +316,9 @@ class Decoder(nn.Module):
             rope: rotation(positions, frequencies, x.dtype)
             for rope, frequencies in zip(self.facts.ropes, self.rope_frequencies, strict=True)
         }
-        x, caches = self.model.layers(x, LayerContext(rotations, attention, positions), caches)
-        return self.model.norm(x), caches
+        context = LayerContext(rotations, attention, positions, self.experts_core, counted)
+        result: LayerResult = self.model.layers(x, context, caches)
+        return result._replace(x=self.model.norm(result.x))
 
     @property
     def head_weight(self) -> torch.Tensor:

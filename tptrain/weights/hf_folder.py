@@ -38,7 +38,8 @@ class Shard:
     rows: tuple[ParamRow, ...]
 
     def plan(self, dtype: str) -> FilePlan:
-        return FilePlan(self.file, getattr(torch, dtype), {row.name: row.size for row in self.rows})
+        sizes = {name: size for row in self.rows for name, size in row.file_sizes.items()}
+        return FilePlan(self.file, getattr(torch, dtype), sizes)
 
 
 def export_bytes(table: Sequence[ParamRow], dtype: str, assets: Path | None = None) -> int:
@@ -158,7 +159,7 @@ def _index(shards: Sequence[Shard], dtype: str) -> dict[str, Any]:
     rows = [(row, shard.file) for shard in shards for row in shard.rows]
     return {
         "metadata": {"total_size": sum(_row_bytes(row, dtype) for row, _ in rows)},
-        "weight_map": {row.name: file for row, file in rows},
+        "weight_map": {name: file for row, file in rows for name in row.file_sizes},
     }
 
 
@@ -174,10 +175,14 @@ def _write_shard(
     with guard():
         writer = SafetensorsWriter(folder, shard.plan(dtype))
     telling = threading.Lock()
+    written = dict.fromkeys((row.name for row in shard.rows), 0)
 
     def write(row: ParamRow, piece: torch.Tensor) -> None:
+        num_bytes = 0
         with guard():
-            num_bytes = writer.write(row.name, piece)
+            for name, part in _by_file_tensor(row, piece, written[row.name]):
+                num_bytes += writer.write(name, part)
+        written[row.name] += piece.numel()
         if progress is not None:
             with telling:
                 progress(num_bytes)
@@ -186,6 +191,17 @@ def _write_shard(
         for_each_row(shard.rows, pieces, write)
         with guard():
             return writer.finish()
+
+
+def _by_file_tensor(row: ParamRow, piece: torch.Tensor, start: int) -> Generator[tuple[str, torch.Tensor]]:
+    """A flat piece of a row, cut where it goes on in the next tensor of the files. start: in the row."""
+    names = tuple(row.file_sizes)
+    elements = row.num_elements // len(names)
+    while piece.numel():
+        index, at = divmod(start, elements)
+        part = piece[: elements - at]
+        yield names[index], part
+        piece, start = piece[len(part) :], start + len(part)
 
 
 def _differences(

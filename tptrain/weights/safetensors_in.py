@@ -13,7 +13,7 @@ from tptrain.family.table import ParamRow, stored_rows
 from tptrain.hf_files import WEIGHT_FILES, local_folder
 from tptrain.weights.safetensors_files import open_checkpoint
 from tptrain.weights.safetensors_header import FLOAT_DTYPES
-from tptrain.weights.stored_tensor import StoredTensor
+from tptrain.weights.stored_tensor import SlicedTensor, StoredTensor
 
 # Tables that older versions of transformers stored beside the parameters; they follow from the config.
 _NOT_PARAMETERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids)$")
@@ -35,7 +35,7 @@ class SafetensorsSource:
         folder = local_folder(folder_or_hub_id, setting, WEIGHT_FILES)
         tensors = open_checkpoint(folder, setting)
         self.folder = folder
-        self._tensors = _match(table, tensors)
+        self._tensors = rows_in_files(table, tensors)
         raise_if_any(_problems(table, tensors, self._tensors, folder, setting))
 
     def read(self, row: ParamRow, index: tuple[slice, ...]) -> torch.Tensor:
@@ -49,9 +49,17 @@ class SafetensorsSource:
         return self._tensors[row.name].read_blocks(max_bytes)
 
 
-def _match(table: Sequence[ParamRow], tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Row name -> its tensor. A tied pair may be stored under either of its two names."""
-    found = {row.name: tensors[row.name] for row in stored_rows(table) if row.name in tensors}
+Stored = StoredTensor | SlicedTensor
+
+
+def rows_in_files(table: Sequence[ParamRow], tensors: Mapping[str, StoredTensor]) -> dict[str, Stored]:
+    """Row name -> its data, for every row that the files hold whole. A tied pair may be under either name."""
+    found: dict[str, Stored] = {}
+    for row in stored_rows(table):
+        parts = [tensors[name] for name in row.file_sizes if name in tensors]
+        if len(parts) < len(row.file_sizes):
+            continue
+        found[row.name] = SlicedTensor(row.name, tuple(parts)) if row.is_in_slices else parts[0]
     for row in table:
         if row.tied_to is not None and row.name in tensors:
             found.setdefault(row.tied_to, tensors[row.name])
@@ -61,21 +69,28 @@ def _match(table: Sequence[ParamRow], tensors: Mapping[str, StoredTensor]) -> di
 def _problems(
     table: Sequence[ParamRow],
     tensors: Mapping[str, StoredTensor],
-    found: Mapping[str, StoredTensor],
+    found: Mapping[str, Stored],
     folder: Path,
     setting: str,
 ) -> list[Problem]:
     """What is wrong with a checkpoint for this table: one problem per kind, each naming every tensor."""
     rows = stored_rows(table)
-    known = {row.name for row in table}
-    missing = [row.name for row in rows if row.name not in found]
-    extra = [name for name in sorted(tensors) if name not in known and not _NOT_PARAMETERS.search(name)]
+    sizes = {name: size for row in table for name, size in row.file_sizes.items()}
+    files = {name: row for row in rows for name in row.file_sizes}
+    missing = [name for name, row in files.items() if row.name not in found and name not in tensors]
+    extra = [name for name in sorted(tensors) if name not in sizes and not _NOT_PARAMETERS.search(name)]
+    used = [tensor for row in rows if row.name in found for tensor in _parts(found[row.name])]
     misshapen = [
-        f"{found[row.name].name} {list(found[row.name].shape)} in the file, {list(row.size)} in the model"
-        for row in rows
-        if row.name in found and found[row.name].shape != row.size
+        f"{each.name} {list(each.shape)} in the file, {list(sizes[each.name])} in the model"
+        for each in used
+        if each.shape != sizes[each.name]
     ]
-    wrong_dtype = [f"{t.name} {t.dtype}" for t in found.values() if t.dtype not in FLOAT_DTYPES]
+    wrong_dtype = [f"{each.name} {each.dtype}" for each in used if each.dtype not in FLOAT_DTYPES]
+    mixed = [
+        f"{row.name} {', '.join(sorted(dtypes))}"
+        for row in rows
+        if row.name in found and len(dtypes := {each.dtype for each in _parts(found[row.name])}) > 1
+    ]
     tied = [(row.name, row.tied_to) for row in table if row.tied_to is not None]
     untied = [
         f"{name} differs from {other}"
@@ -84,7 +99,7 @@ def _problems(
     ]
     config_or_weights = "a model.config that describes these weights, or weights that it describes"
     kinds = [
-        (missing, "must hold every tensor of the model", f"missing of {len(rows)}", config_or_weights),
+        (missing, "must hold every tensor of the model", f"missing of {len(files)}", config_or_weights),
         (extra, "must hold no tensor that the model lacks", "extra", config_or_weights),
         (misshapen, "must hold tensors of the model's sizes", "misshapen", config_or_weights),
         (
@@ -93,6 +108,7 @@ def _problems(
             f"not {', '.join(FLOAT_DTYPES)}",
             "weights that are not quantized",
         ),
+        (mixed, "must hold all experts of a matrix in one dtype", "mixed", "weights of one dtype"),
         (
             untied,
             "must hold equal tensors where the model ties them",
@@ -105,3 +121,7 @@ def _problems(
         for names, rule, label, fix in kinds
         if names
     ]
+
+
+def _parts(stored: Stored) -> tuple[StoredTensor, ...]:
+    return stored.slices if isinstance(stored, SlicedTensor) else (stored,)

@@ -77,3 +77,52 @@ class StoredTensor:
 
     def _byte_blocks(self) -> Iterator[np.ndarray]:
         return byte_blocks(self.path, self.extent.start, self.extent.stop, _COMPARE_BYTES)
+
+
+@dataclass(frozen=True)
+class SlicedTensor:
+    """A tensor of which files hold every slice along its first dim by itself; all of one dtype and shape.
+
+    It is read as a `StoredTensor` is.
+    """
+
+    name: str
+    slices: tuple[StoredTensor, ...]
+
+    @property
+    def dtype(self) -> str:
+        return self.slices[0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.slices), *self.slices[0].shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(each.num_bytes for each in self.slices)
+
+    def read(self, index: tuple[slice, ...]) -> torch.Tensor:
+        """A private copy of one slice of the whole. Nothing outside of it is read."""
+        first, *others = index
+        wanted = self.slices[first]
+        if not wanted:
+            shape = (
+                0,
+                *(len(range(*part.indices(n))) for part, n in zip(others, self.shape[1:], strict=True)),
+            )
+            return torch.empty(shape, dtype=FLOAT_DTYPES[self.dtype])
+        return torch.stack([each.read(tuple(others)) for each in wanted])
+
+    def read_blocks(self, max_bytes: int) -> Iterator[torch.Tensor]:
+        """The whole as private blocks of whole slices; one larger than `max_bytes` is a block of its own."""
+        step = max(max_bytes // max(self.slices[0].num_bytes, 1), 1)
+        for first in range(0, len(self.slices), step):
+            some = self.slices[first : first + step]
+            block = torch.empty((len(some), *self.shape[1:]), dtype=FLOAT_DTYPES[self.dtype])
+            for own, stored in zip(block, some, strict=True):
+                view = own.reshape(-1).view(torch.uint8).numpy()
+                with stored.path.open("rb", buffering=0) as file:
+                    read_exactly(file.fileno(), view, stored.extent.start)
+                del view
+            yield block
+            del block, own  # or they would stay in memory beside the next block

@@ -23,7 +23,7 @@ from tptrain.config.remat import KEPT
 from tptrain.family import LayerRuns
 from tptrain.mesh import RuleTable, spec_of
 from tptrain.models.attention import KVCache
-from tptrain.models.decoder import Decoder, LayerContext
+from tptrain.models.decoder import Decoder, LayerContext, LayerResult
 
 # Marked activations that are written to memory before they are read. A matrix product that takes its operand
 # through the slice of a scan's input is a fifth slower (libtpu 0.0.24's estimate for v5p).
@@ -126,16 +126,18 @@ class ScannedLayers(nn.Module):
 
     def forward(
         self, x: torch.Tensor, context: LayerContext, caches: Sequence[KVCache] | None = None
-    ) -> tuple[torch.Tensor, Sequence[KVCache]]:
+    ) -> LayerResult:
         """x [B, T, D]; caches, if any, one per position of the period, with a leading layer dim."""
         stacked: Tensors = dict(self.named_parameters())
         if caches is not None:
             return self._cached(x, context, stacked, caches)
 
-        def one_period(x: torch.Tensor, parameters: Tensors) -> torch.Tensor:
+        def one_period(x: torch.Tensor, parameters: Tensors) -> list[torch.Tensor]:
+            sums: list[torch.Tensor] = []
             for position, layer in enumerate(self.period):
-                x, _ = functional_call(layer, _part(parameters, position), (x, context))
-            return x
+                x, _, more = functional_call(layer, _part(parameters, position), (x, context))
+                sums += more
+            return [x, *sums]
 
         shards, turned = self._batch_shards, frozenset[str]()
         if shards is not None:
@@ -145,22 +147,23 @@ class ScannedLayers(nn.Module):
             spec = self._layout.buffers[f"{self._prefix}{name}"].row_spec
             return self._mesh.mark(gradient, tuple(reversed(spec)) if name in turned else spec)
 
-        return scan_layers(one_period, self._keeper, constrain, x, stacked, turned), []
+        x, *sums = scan_layers(one_period, self._keeper, constrain, x, stacked, turned)
+        return LayerResult(x, [], sums)
 
     def _cached(
         self, x: torch.Tensor, context: LayerContext, stacked: Tensors, caches: Sequence[KVCache]
-    ) -> tuple[torch.Tensor, Sequence[KVCache]]:
+    ) -> LayerResult:
         def one_period(x, parameters, flat):
             written = []
             for position, layer in enumerate(self.period):
                 cache = KVCache(flat[2 * position], flat[2 * position + 1])
-                x, cache = functional_call(layer, _part(parameters, position), (x, context, cache))
+                x, [cache], _ = functional_call(layer, _part(parameters, position), (x, context, cache))
                 written += [cache.key, cache.value]
             return x, written
 
         flat = [tensor for cache in caches for tensor in (cache.key, cache.value)]
         x, flat = scan_caches(one_period, x, stacked, flat)
-        return x, [KVCache(flat[i], flat[i + 1]) for i in range(0, len(flat), 2)]
+        return LayerResult(x, [KVCache(flat[i], flat[i + 1]) for i in range(0, len(flat), 2)], [])
 
 
 class ChainedRuns(nn.ModuleList):
@@ -171,15 +174,16 @@ class ChainedRuns(nn.ModuleList):
 
     def forward(
         self, x: torch.Tensor, context: LayerContext, caches: Sequence[KVCache] | None = None
-    ) -> tuple[torch.Tensor, Sequence[KVCache]]:
+    ) -> LayerResult:
         """x [B, T, D]; caches, if any, those of each run after those of the run below."""
-        written: list[KVCache] = []
+        at, written, sums = 0, list[KVCache](), list[torch.Tensor]()
         for run in self:
             assert isinstance(run, ScannedLayers)
-            own = None if caches is None else caches[len(written) : len(written) + len(run.period)]
-            x, new = run(x, context, own)
-            written += new
-        return x, written
+            own = None if caches is None else caches[at : at + len(run.period)]
+            at += len(run.period)
+            x, new, more = run(x, context, own)
+            written, sums = written + new, sums + more
+        return LayerResult(x, written, sums)
 
 
 def _turned(stacked: Tensors, device_tokens: int) -> frozenset[str]:

@@ -24,8 +24,8 @@ from tptrain.backends.xla.host_memory import to_device, to_host
 from tptrain.config.remat import LAYER_INPUT
 from tptrain.models.loss import LoopBody, Parts
 
-# (x, parameters of one layer) -> x
-LayerFunction = Callable[[torch.Tensor, Tensors], torch.Tensor]
+# (x, parameters of one layer) -> x, and any sums over the layer's tokens
+LayerFunction = Callable[[torch.Tensor, Tensors], list[torch.Tensor]]
 
 
 class _Substitute(torch.autograd.Function):
@@ -91,18 +91,18 @@ class _ScanLayers(torch.autograd.Function):
     def forward(ctx, function, keeper, constrain, turned, names, x, *stacked):  # type: ignore[override]
         def body(carry, layer):
             with keeper.recording() as kept:
-                y = function(carry, dict(zip(names, layer, strict=True)))
-            return y, (keeper.stored(carry, LAYER_INPUT), list(kept))
+                y, *sums = function(carry, dict(zip(names, layer, strict=True)))
+            return y, (keeper.stored(carry, LAYER_INPUT), list(kept), sums)
 
         with torch.no_grad():
-            y, (inputs, kept) = _scan_impl_pytree(body, x, list(stacked))
+            y, (inputs, kept, sums) = _scan_impl_pytree(body, x, list(stacked))
         ctx.save_for_backward(inputs, *kept, *stacked)
         ctx.function, ctx.keeper, ctx.constrain = function, keeper, constrain
         ctx.turned, ctx.names = turned, names
-        return y
+        return y, *sums
 
     @staticmethod
-    def backward(ctx, gradient):  # type: ignore[override]
+    def backward(ctx, gradient, *of_sums):  # type: ignore[override]
         inputs, *rest = ctx.saved_tensors
         split = len(rest) - len(ctx.names)
         kept, stacked = rest[:split], rest[split:]
@@ -114,19 +114,21 @@ class _ScanLayers(torch.autograd.Function):
             return matrix.t() if name in ctx.turned else matrix
 
         def body(carry, layer_inputs):
-            x, layer_kept, parameters = layer_inputs
+            x, layer_kept, parameters, of_layer_sums = layer_inputs
             with torch.enable_grad(), ctx.keeper.supplying(layer_kept):
                 leaf = ctx.keeper.loaded(x, LAYER_INPUT).detach().requires_grad_(True)
                 layer = {n: p.detach() for n, p in zip(ctx.names, parameters, strict=True)}
                 trained = [turn(n, layer[n]).requires_grad_(True) for n in wanted]
                 layer |= {n: turn(n, p) for n, p in zip(wanted, trained, strict=True)}
-                gradients = torch.autograd.grad(ctx.function(leaf, layer), [leaf, *trained], carry)
+                outputs = ctx.function(leaf, layer)
+                gradients = torch.autograd.grad(outputs, [leaf, *trained], [carry, *of_layer_sums])
             # Before the gradients are turned back, or XLA would undo the turning.
             constrained = map(ctx.constrain, wanted, gradients[1:])
             return gradients[0], [turn(n, g) for n, g in zip(wanted, constrained, strict=True)]
 
+        xs = (inputs, kept, stacked, list(of_sums))
         with torch.no_grad():
-            grad_x, grad_stacked = _scan_impl_pytree(body, gradient, (inputs, kept, stacked), reverse=True)
+            grad_x, grad_stacked = _scan_impl_pytree(body, gradient, xs, reverse=True)
         by_name = dict(zip(wanted, grad_stacked, strict=True))
         return None, None, None, None, None, grad_x, *(by_name.get(name) for name in ctx.names)
 
@@ -138,8 +140,10 @@ def scan_layers(
     x: torch.Tensor,
     stacked: Tensors,
     turned: Collection[str] = (),
-) -> torch.Tensor:
+) -> list[torch.Tensor]:
     """Run `function` over the leading dim of every tensor in `stacked`, with gradients.
+
+    Returns x of the last layer, and the sums of all layers stacked.
 
     Where neither `x` nor a parameter needs one, nothing is kept and there is no backward loop.
 
@@ -150,15 +154,17 @@ def scan_layers(
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *stacked.values()))):
         return _scan_forward(function, x, stacked)
     names = tuple(stacked)
-    return _ScanLayers.apply(function, keeper, constrain, turned, names, x, *stacked.values())
+    return list(_ScanLayers.apply(function, keeper, constrain, turned, names, x, *stacked.values()))
 
 
-def _scan_forward(function: LayerFunction, x: torch.Tensor, stacked: Tensors) -> torch.Tensor:
+def _scan_forward(function: LayerFunction, x: torch.Tensor, stacked: Tensors) -> list[torch.Tensor]:
     def body(carry, layer):
-        return function(carry, dict(zip(stacked, layer, strict=True))), ()
+        y, *sums = function(carry, dict(zip(stacked, layer, strict=True)))
+        return y, sums
 
     with torch.no_grad():
-        return _scan_impl_pytree(body, x, list(stacked.values()))[0]
+        y, sums = _scan_impl_pytree(body, x, list(stacked.values()))
+    return [y, *sums]
 
 
 def scan_caches(function, x: torch.Tensor, stacked: Tensors, caches: list[torch.Tensor]):
