@@ -79,6 +79,7 @@ def _folder_side(folder: Path, setting: str) -> Side:
     known = {name for row in table for name in row.file_sizes}
     tensors: dict[str, Stored] = rows_in_files(table, files)
     tensors |= {name: tensor for name, tensor in files.items() if name not in known}
+    tensors = dict(sorted(tensors.items()))
     arrays = {name: tensor_array(tensor) for name, tensor in tensors.items()}
     _require_floats(arrays, folder, setting)
     return Side(arrays, {name: _folder_blocks(tensor) for name, tensor in tensors.items()}, config)

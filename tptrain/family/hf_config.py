@@ -96,7 +96,7 @@ class ConfigReader:
         if isinstance(value, bool) or not isinstance(value, int | float):
             self.report(field, value, "must be a number", f"default: {default}", str(default))
             value = default
-        self.fields[field] = float(value)
+        self.fields[field] = value  # transformers takes no float for a field that it has an integer in
         return float(value)
 
     def optional_number(self, field: str, default: float | None = None) -> float | None:
