@@ -14,9 +14,15 @@ import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from tests import small
+from tptrain.backends.torch_backend import TorchBackend
+from tptrain.config import Plan
 from tptrain.family import families
+from tptrain.train.schedule import learning_rate
+from tptrain.train.state import fresh_state
+from tptrain.train.step import make_train_step
 
 WINDOW = 7
+LOSS_STEPS = 20
 _SIZES: dict[str, Any] = {
     "vocab_size": small.VOCAB,
     "hidden_size": 136,
@@ -83,6 +89,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 for _name, _config in CONFIGS.items():
     _config["architectures"] = [families()[_config["model_type"]].architecture]
 
+# Changes to these in the models that vLLM serves: its kernels take heads of 32 and more.
+SERVED: dict[str, Any] = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 160}
+
 
 @cache
 def model_of(name: str) -> Any:
@@ -133,3 +142,49 @@ def reference_logits(model: Any, rows: small.Rows) -> torch.Tensor:
 
 def real(rows: small.Rows) -> torch.Tensor:
     return torch.from_numpy(np.asarray(rows.real))
+
+
+def training_plan(name: str) -> Plan:
+    """What both sides of a comparison of losses train by."""
+    return small.torch_plan(config=CONFIGS[name], optim={"clip_norm": 1.0})
+
+
+def our_losses(name: str) -> list[float]:
+    """Losses of LOSS_STEPS steps of the torch backend from the weights of a case."""
+    plan = training_plan(name)
+    backend = TorchBackend(plan)
+    decoder = backend.decoder()
+    weights = {n: tensor.clone() for n, tensor in small.weights_of(model_of(name)).items()}
+    state = fresh_state(backend, small.DictSource(weights))
+    step, losses = make_train_step(decoder, backend.layout, plan.recipe), []
+    for number in range(1, LOSS_STEPS + 1):
+        state, outputs = step(state, small.step_inputs(backend, plan, decoder.constants(), number))
+        losses.append(outputs["loss"].item())
+    return losses
+
+
+def transformers_losses(name: str, router_part: float = 1.0, steps: int = LOSS_STEPS) -> list[float]:
+    """The same of transformers' model by autograd and torch's AdamW. router_part: of the router's loss."""
+    model, recipe = small.reference_model(CONFIGS[name]), training_plan(name).recipe
+    parameters, optim = dict(model.named_parameters()), recipe.optim
+    groups = [
+        {"params": [p for p in parameters.values() if (p.ndim > 1) == decays], "weight_decay": decay}
+        for decays, decay in ((True, optim.weight_decay), (False, 0.0))
+    ]
+    adamw = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+    losses = []
+    for number in range(1, steps + 1):
+        batch = {n: torch.from_numpy(array[0]) for n, array in small.train_batch(number % 2).items()}
+        rows = small.Rows(*(batch[n].numpy() for n in ("tokens", "positions", "segment_ids")))
+        logits, router_loss = outputs_of(model, rows)
+        targets, weights = batch["targets"].flatten().long(), batch["weights"].flatten()
+        likelihood = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
+        loss = (likelihood * weights).sum() / weights.sum() + router_part * router_loss
+        adamw.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), optim.clip_norm)
+        for group in adamw.param_groups:
+            group["lr"] = learning_rate(number, small.PLANNED_STEPS, recipe.schedule, optim)
+        adamw.step()
+        losses.append(loss.item())
+    return losses

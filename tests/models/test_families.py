@@ -12,17 +12,12 @@ from torch.func import functional_call
 
 from tests import families, small
 from tptrain.backends.base import Tensors
-from tptrain.backends.torch_backend import TorchBackend
 from tptrain.family import LayerKind, ModelFacts, RopeFacts, facts_from_config
 from tptrain.family.facts import ExpertFacts
 from tptrain.models.attention import KVCache
 from tptrain.models.decoder import Decoder
-from tptrain.train.schedule import learning_rate
-from tptrain.train.state import fresh_state
-from tptrain.train.step import make_train_step
 
 LOGITS, BROKEN, LOSSES = 1e-5, 1e-3, 1e-4
-LOSS_STEPS = 20
 ROWS = {"padded": small.padded_rows(), "packed": small.packed_rows()}
 
 
@@ -151,9 +146,8 @@ def test_a_router_of_experts_in_another_order_shows() -> None:
 
 def test_the_routers_loss_moves_training() -> None:
     """By more than the tolerance of the comparison with transformers."""
-    recipe = small.torch_plan(config=families.CONFIGS["mixtral"]).recipe
-    without = _transformers_losses("mixtral", recipe, 0.0)
-    expected = _transformers_losses("mixtral", recipe)
+    without = families.transformers_losses("mixtral", router_part=0.0, steps=1)
+    expected = families.transformers_losses("mixtral", steps=1)
     assert abs(without[0] - expected[0]) > 100 * LOSSES
 
 
@@ -200,40 +194,6 @@ def _under(tensors: Tensors) -> Tensors:
 @pytest.mark.parametrize("name", families.CONFIGS)
 def test_training_losses_equal_those_of_transformers(name: str) -> None:
     """The same packed batches through transformers' model, autograd and torch's AdamW."""
-    plan = small.torch_plan(config=families.CONFIGS[name], optim={"clip_norm": 1.0})
-    backend = TorchBackend(plan)
-    decoder = backend.decoder()
-    state = fresh_state(backend, small.DictSource({n: t.clone() for n, t in weights_of(name).items()}))
-    step, losses = make_train_step(decoder, backend.layout, plan.recipe), []
-    for number in range(1, LOSS_STEPS + 1):
-        state, outputs = step(state, small.step_inputs(backend, plan, decoder.constants(), number))
-        losses.append(outputs["loss"].item())
-    expected = _transformers_losses(name, plan.recipe)
+    losses, expected = families.our_losses(name), families.transformers_losses(name)
     assert losses == pytest.approx(expected, rel=LOSSES)
     assert expected[-1] < expected[0] - 0.5, "too little was learned to tell two trainings apart"
-
-
-def _transformers_losses(name: str, recipe: Any, router_part: float = 1.0) -> list[float]:
-    model = small.reference_model(families.CONFIGS[name])
-    parameters, optim = dict(model.named_parameters()), recipe.optim
-    groups = [
-        {"params": [p for p in parameters.values() if (p.ndim > 1) == decays], "weight_decay": decay}
-        for decays, decay in ((True, optim.weight_decay), (False, 0.0))
-    ]
-    adamw = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps)
-    losses = []
-    for number in range(1, LOSS_STEPS + 1):
-        batch = {n: torch.from_numpy(array[0]) for n, array in small.train_batch(number % 2).items()}
-        rows = small.Rows(*(batch[n].numpy() for n in ("tokens", "positions", "segment_ids")))
-        logits, router_loss = families.outputs_of(model, rows)
-        targets, weights = batch["targets"].flatten().long(), batch["weights"].flatten()
-        likelihood = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
-        loss = (likelihood * weights).sum() / weights.sum() + router_part * router_loss
-        adamw.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters.values(), optim.clip_norm)
-        for group in adamw.param_groups:
-            group["lr"] = learning_rate(number, small.PLANNED_STEPS, recipe.schedule, optim)
-        adamw.step()
-        losses.append(loss.item())
-    return losses

@@ -69,9 +69,17 @@ def generate(
     os.environ.update(VLLM_SETTINGS)
     from vllm import LLM, SamplingParams
 
-    llm = LLM(model=folder, dtype=dtype, max_model_len=max_model_len, enforce_eager=True, seed=0)
+    has_tokenizer = (Path(folder) / "tokenizer_config.json").is_file()
+    llm = LLM(
+        model=folder,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        enforce_eager=True,
+        seed=0,
+        skip_tokenizer_init=not has_tokenizer,
+    )
     inputs = [prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt} for prompt in prompts]
-    greedy = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
+    greedy = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=has_tokenizer)
     outputs = llm.generate(inputs, greedy, use_tqdm=False)
     return [Generated(list(output.prompt_token_ids), list(output.outputs[0].token_ids)) for output in outputs]
 
