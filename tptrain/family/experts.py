@@ -14,7 +14,7 @@ def read_experts(
     As in transformers, the router's loss counts where `output_router_logits` is true.
     """
     chosen = reader.size("num_experts_per_tok", chosen)
-    if not reader.is_bad("num_experts_per_tok") and chosen > count:
+    if not reader.is_bad("num_experts_per_tok", "num_experts", "num_local_experts") and chosen > count:
         rule, other = "must be at most the number of experts", f"experts: {count}"
         reader.report("num_experts_per_tok", chosen, rule, other, f"1 to {count}")
     coef = reader.number("router_aux_loss_coef", 0.001)

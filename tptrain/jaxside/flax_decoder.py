@@ -40,7 +40,16 @@ class FlaxDecoder(nnx.Module):
 
         A token looks at itself and at earlier ones of its segment. Padding is a segment like any other.
         """
-        x = self.model(tokens, positions, segment_ids)
+        return self._logits(self.model(tokens, positions, segment_ids))
+
+    def with_router_loss(
+        self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Logits, and what the router adds to the training loss: see `Body.with_router_loss`."""
+        x, of_router = self.model.with_router_loss(tokens, positions, segment_ids)
+        return self._logits(x), of_router
+
+    def _logits(self, x: jax.Array) -> jax.Array:
         scores = self.model.embed_tokens.scores(x) if self.lm_head is None else self.lm_head(x)
         return soft_capped(scores, self.facts.logit_soft_cap)
 
@@ -56,13 +65,19 @@ def loss(decoder: FlaxDecoder, batch: Mapping[str, jax.Array]) -> jax.Array:
 
     batch: tokens, targets, weights, positions, segment_ids, each [B, T] or [A, B, T]; a token counts as much
     as its weight. Micro-batches share one count, so [A, B, T] has the loss of its A x B rows in one batch.
+
+    The router's loss is added where the model's config asks for one, as in training: of micro-batches their
+    mean by counted tokens.
     """
     micro_batches = batch["tokens"].shape[0] if batch["tokens"].ndim == 3 else 1
     total = jnp.zeros(())
     for micro in range(micro_batches):
         part = {n: array[micro] if array.ndim == 3 else array for n, array in batch.items()}
-        logits = decoder(part["tokens"], part["positions"], part["segment_ids"])
+        inputs = (part[name] for name in ("tokens", "positions", "segment_ids"))
+        logits, of_router = decoder.with_router_loss(*inputs)
         total = total + loss_sum(logits, part["targets"], part["weights"])
+        if of_router is not None:
+            total = total + of_router * part["weights"].sum()
     return total / jnp.maximum(batch["weights"].sum(), 1.0)
 
 

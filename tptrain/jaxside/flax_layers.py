@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,11 +44,21 @@ class LayerContext:
     rotations: cosine and sine of every rotary embedding of the model, each [B, T, 1, H].
     attention: how queries, keys and values become attended values; knows the segments of the rows.
     mark:      acts on the activations that matter, named as in `tptrain.models`.
+    counted:   [B, T], 1 for the tokens of the router's loss and 0 for others; None where it is not asked for.
     """
 
     rotations: Mapping[RopeFacts, tuple[jax.Array, jax.Array]]
     attention: AttentionCore
     mark: Mark
+    counted: jax.Array | None = None
+
+
+class LayerResult(NamedTuple):
+    """x [B, T, D]; the router's sums, [2, E] for each layer with experts (perhaps stacked), where they are
+    asked for."""
+
+    x: jax.Array
+    router_sums: list[jax.Array]
 
 
 class Linear(nnx.Module):
@@ -197,7 +208,11 @@ class MixtureOfExperts(nnx.Module):
         self.gate, self.experts = Router(under(params, "gate")), Experts(under(params, "experts"))
         self.facts, self.activation = facts.experts, ACTIVATIONS[facts.activation]
 
-    def __call__(self, x: jax.Array, mark: Mark) -> jax.Array:
+    def __call__(self, x: jax.Array, counted: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        """x [B, T, D] -> [B, T, D], and the router's sums [2, E] over the `counted` tokens, if given.
+
+        The sums are how often each expert was chosen, and its probabilities.
+        """
         probabilities = self.gate(x)
         _, choices = jax.lax.top_k(probabilities, self.facts.num_experts_per_tok)
         chosen = (choices[..., None] == jnp.arange(self.facts.num_experts)).any(-2)
@@ -213,7 +228,19 @@ class MixtureOfExperts(nnx.Module):
             return total + weight[..., None] * (hidden @ down.T), None
 
         by_expert = jnp.moveaxis(weights.astype(x.dtype), -1, 0)
-        return jax.lax.scan(add, jnp.zeros_like(x), (by_expert, *matrices))[0]
+        # Each expert's products are made again in the backward pass, or those of all would be kept.
+        add = jax.checkpoint(add, prevent_cse=False)
+        y = jax.lax.scan(add, jnp.zeros_like(x), (by_expert, *matrices))[0]
+        if counted is None:
+            return y, None
+        share = counted[..., None].astype(probabilities.dtype)
+        return y, jnp.stack([(each * share).sum((0, 1)) for each in (chosen, probabilities)])
+
+
+def router_loss(sums: jax.Array, tokens: jax.Array) -> jax.Array:
+    """From the router's sums [2, E] over `tokens`, each once per layer: see `tptrain.models.experts`."""
+    chosen, probability = sums / jnp.maximum(tokens, 1)
+    return sums.shape[-1] * (chosen * probability).sum()
 
 
 class Block(nnx.Module):
@@ -226,13 +253,18 @@ class Block(nnx.Module):
         for name in self.norms:
             setattr(self, name, RMSNorm(facts, under(params, name)))
 
-    def __call__(self, x: jax.Array, context: LayerContext) -> jax.Array:
+    def __call__(self, x: jax.Array, context: LayerContext) -> LayerResult:
         given = context.mark(self._normed(x, self.norms.attention_input), "attention_input", _STREAM)
         attended = self._normed(self.self_attn(given, context), self.norms.attention_output)
         x = context.mark(x + attended, "after_attention", _STREAM)
         given = context.mark(self._normed(x, self.norms.mlp_input), "mlp_input", _STREAM)
-        output = self._normed(self.mlp(given, context.mark), self.norms.mlp_output)
-        return context.mark(x + output, "after_mlp", _STREAM)
+        sums: jax.Array | None = None
+        if isinstance(self.mlp, MixtureOfExperts):
+            output, sums = self.mlp(given, context.counted)
+        else:
+            output = self.mlp(given, context.mark)
+        x = context.mark(x + self._normed(output, self.norms.mlp_output), "after_mlp", _STREAM)
+        return LayerResult(x, [] if sums is None else [sums])
 
     def _normed(self, x: jax.Array, norm: str | None) -> jax.Array:
         return x if norm is None else getattr(self, norm)(x)
@@ -241,10 +273,12 @@ class Block(nnx.Module):
 class LayerList(nnx.List[Block]):
     """The layers, run one after the other."""
 
-    def __call__(self, x: jax.Array, context: LayerContext) -> jax.Array:
+    def __call__(self, x: jax.Array, context: LayerContext) -> LayerResult:
+        sums: list[jax.Array] = []
         for layer in self:
-            x = layer(x, context)
-        return x
+            x, more = layer(x, context)
+            sums += more
+        return LayerResult(x, sums)
 
 
 def unmarked(x: jax.Array, name: str, dims: tuple[str, ...]) -> jax.Array:
@@ -279,7 +313,7 @@ class Body(nnx.Module):
         self,
         facts: ModelFacts,
         params: Params,
-        layers: Callable[[jax.Array, LayerContext], jax.Array],
+        layers: Callable[[jax.Array, LayerContext], LayerResult],
         attention: CoreFactory = PlainAttention,
         mark: Mark = unmarked,
     ):
@@ -290,6 +324,24 @@ class Body(nnx.Module):
 
     def __call__(self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """Hidden states [B, T, D] after the final norm."""
+        return self._run(tokens, positions, segment_ids, None).x
+
+    def with_router_loss(
+        self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The same, and the router's loss over all real tokens times its coefficient: a scalar to be added to
+        the training loss, or None where the coefficient is 0. See `tptrain.models.decoder`."""
+        experts = self.facts.experts
+        if experts is None or not experts.router_loss_coef:
+            return self(tokens, positions, segment_ids), None
+        counted = segment_ids > 0
+        x, sums = self._run(tokens, positions, segment_ids, counted)
+        layers = jnp.concatenate([each.reshape(-1, *each.shape[-2:]) for each in sums])
+        return x, experts.router_loss_coef * router_loss(layers.sum(0), counted.sum() * len(layers))
+
+    def _run(
+        self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, counted: jax.Array | None
+    ) -> LayerResult:
         x = self.embed_tokens(tokens)
         if self.facts.embedding_scale != 1:
             x = x * jnp.asarray(self.facts.embedding_scale, x.dtype)
@@ -299,7 +351,8 @@ class Body(nnx.Module):
             for rope in self.facts.ropes
         }
         attention = self.attention(segment_ids, self.facts.windows)
-        return self.norm(self.layers(x, LayerContext(rotations, attention, self.mark)))
+        x, sums = self.layers(x, LayerContext(rotations, attention, self.mark, counted))
+        return LayerResult(self.norm(x), sums)
 
 
 def layer_list(facts: ModelFacts, params: Params) -> LayerList:

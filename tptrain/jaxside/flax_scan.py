@@ -24,6 +24,7 @@ from tptrain.jaxside.flax_layers import (
     Body,
     CoreFactory,
     LayerContext,
+    LayerResult,
     Linear,
     Mark,
     Params,
@@ -67,19 +68,21 @@ class ScannedRun(nnx.Module):
         )
         self.passes, self.prefix = passes, prefix
 
-    def __call__(self, x: jax.Array, context: LayerContext) -> jax.Array:
+    def __call__(self, x: jax.Array, context: LayerContext) -> LayerResult:
         graph, stacked = nnx.split(self.period)
 
-        def one_period(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+        def one_period(x: jax.Array, layer: Any) -> tuple[jax.Array, list[jax.Array]]:
+            sums: list[jax.Array] = []
             for block in nnx.merge(graph, jax.tree_util.tree_map_with_path(self._held, layer)):
-                x = block(x, context)
-            return x, None
+                x, more = block(x, context)
+                sums += more
+            return x, sums
 
         policy = jax.checkpoint_policies.save_only_these_names(*KEPT[self.passes.remat])
         if self.passes.remat != "none":
             # The loop itself keeps XLA from joining a layer with its repetition.
             one_period = jax.checkpoint(one_period, policy=policy, prevent_cse=False)
-        return jax.lax.scan(one_period, x, stacked)[0]
+        return LayerResult(*jax.lax.scan(one_period, x, stacked))
 
     def _held(self, path: tuple[Any, ...], array: jax.Array) -> jax.Array:
         return self.passes.hold(f"{self.prefix}period.{name_at(path)}", array)
@@ -94,10 +97,12 @@ class ScannedLayers(nnx.Module):
             ScannedRun(facts, run, cut.prefix(i), params, passes) for i, run in enumerate(cut.runs)
         )
 
-    def __call__(self, x: jax.Array, context: LayerContext) -> jax.Array:
+    def __call__(self, x: jax.Array, context: LayerContext) -> LayerResult:
+        sums: list[jax.Array] = []
         for run in self.runs:
-            x = run(x, context)
-        return x
+            x, more = run(x, context)
+            sums += more
+        return LayerResult(x, sums)
 
 
 class ScannedDecoder(nnx.Module):
@@ -112,15 +117,19 @@ class ScannedDecoder(nnx.Module):
     def mean_loss(self, batch: Mapping[str, jax.Array], chunks: LossChunks) -> jax.Array:
         """Mean negative log-likelihood over the counted tokens, a float32 (or wider) scalar.
 
+        The router's loss is added to it where the model's config asks for one, as in training.
+
         batch: tokens, targets, weights, positions, segment_ids, each [B, T].
         """
-        hidden = self.model(batch["tokens"], batch["positions"], batch["segment_ids"])
+        inputs = (batch[name] for name in ("tokens", "positions", "segment_ids"))
+        hidden, of_router = self.model.with_router_loss(*inputs)
         head = (self.lm_head or self.model.embed_tokens).weight[...]
         total = jnp.maximum(batch["weights"].sum(), 1.0)
         cap = self.model.facts.logit_soft_cap
-        return chunked_loss(
+        loss = chunked_loss(
             hidden, head, batch["targets"], batch["weights"], total, chunks, self.passes.mark, cap
         )
+        return loss if of_router is None else loss + of_router * (batch["weights"].sum() / total)
 
 
 def stack_layers(facts: ModelFacts, params: Params) -> dict[str, jax.Array]:

@@ -229,7 +229,8 @@ class Decoder(nn.Module):
         self.marks = Marks()
         # How attention without caches is computed; a backend may put a kernel here.
         self.attention_core: CoreFactory = partial(PlainAttention.of_segments, marks=self.marks)
-        self.experts_core: ExpertsCore = every_expert
+        # And how chosen experts compute their tokens.
+        self.experts_core: ExpertsCore = partial(every_expert, marks=self.marks)
         self.model = Body(facts, self.padded_vocab, self.marks)
         if not facts.tie_word_embeddings:
             self.lm_head = nn.Linear(facts.hidden_size, self.padded_vocab, bias=False)

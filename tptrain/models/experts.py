@@ -5,8 +5,8 @@ Shapes: B batch, T tokens, D model, E experts, K experts chosen for a token, F m
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -46,17 +46,70 @@ def every_expert(
     up: torch.Tensor,
     down: torch.Tensor,
     activation: Activation,
+    marks: Marks,
 ) -> torch.Tensor:
     """The core as it is written: every expert computes every token, and most results weigh nothing.
 
-    Shapes do not depend on the choices, at E / K times the products that are needed.
+    Shapes do not depend on the choices, at E / K times the products that are needed. For the backward pass
+    only what is given here is kept, under every remat policy: each expert's products are made again, so that
+    [B, T, F] exists for one expert at a time.
     """
-    total = torch.zeros_like(x)
-    for expert in range(gate.shape[0]):
-        weight = torch.where(choices == expert, weights, 0).sum(-1, keepdim=True)
-        hidden = activation(F.linear(x, gate[expert])) * F.linear(x, up[expert])
-        total = total + weight * F.linear(hidden, down[expert])
-    return total
+    result: torch.Tensor = _EveryExpert.apply(activation, marks, choices, x, weights, gate, up, down)
+    return result
+
+
+class _EveryExpert(torch.autograd.Function):
+    """The sum over all experts; autograd by itself would keep the activations of all of them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        activation: Activation,
+        marks: Marks,
+        choices: torch.Tensor,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        *matrices: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(choices, x, weights, *matrices)
+        ctx.activation, ctx.marks = activation, marks
+        total = torch.zeros_like(x)
+        for expert, own in enumerate(zip(*matrices, strict=True)):
+            total = total + _one_expert((x, weights, *own), choices == expert, activation, marks)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        choices, x, weights, *matrices = ctx.saved_tensors
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
+        found: dict[int, list[torch.Tensor]] = {i: [] for i in wanted}
+        for expert, own in enumerate(zip(*matrices, strict=True)):
+            leaves = [tensor.detach() for tensor in (x, weights, *own)]
+            with torch.enable_grad():
+                inputs = [leaves[i].requires_grad_(True) for i in wanted]
+                y = _one_expert(leaves, choices == expert, ctx.activation, ctx.marks)
+            for i, of_input in zip(wanted, torch.autograd.grad(y, inputs, gradient), strict=True):
+                # All experts share x and the weights: their gradients are added up as they come.
+                found[i] = [found[i][0] + of_input] if i < 2 and found[i] else [*found[i], of_input]
+        gradients = {i: each[0] if i < 2 else torch.stack(each) for i, each in found.items()}
+        return None, None, None, *(gradients.get(i) for i in range(2 + len(matrices)))
+
+
+def _one_expert(
+    given: Sequence[torch.Tensor], is_chosen: torch.Tensor, activation: Activation, marks: Marks
+) -> torch.Tensor:
+    """What one expert adds to the result [B, T, D].
+
+    given: x [B, T, D], weights [B, T, K], gate and up [F, D], down [D, F]. is_chosen: [B, T, K].
+    """
+    x, weights, gate, up, down = given
+    weight = torch.where(is_chosen, weights, 0).sum(-1, keepdim=True)
+    # Names of their own: kept by the names of a plain MLP, they would be kept once for every expert.
+    opened = marks(F.linear(x, gate), "one_expert_gate", "act_batch", "act_tokens", "act_mlp")
+    values = marks(F.linear(x, up), "one_expert_up", "act_batch", "act_tokens", "act_mlp")
+    hidden = activation(opened) * values
+    hidden = marks(hidden, "one_expert_hidden", "act_batch", "act_tokens", "act_mlp")
+    return weight * F.linear(hidden, down)
 
 
 class ExpertMatrix(nn.Module):

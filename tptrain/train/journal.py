@@ -39,7 +39,8 @@ class StepRecord:
     """What happened in one step.
 
     step:            counted from 1.
-    loss:            mean over the counted tokens, before the update.
+    loss:            mean over the counted tokens, before the update; with the router's loss times its
+                     coefficient where a mixture of experts is trained with it, as transformers reports it.
     counted_tokens:  targets in the loss.
     real_tokens, padded_tokens: inputs that are, or are not, of a record.
     grad_norm:       global norm before clipping.

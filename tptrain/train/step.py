@@ -70,8 +70,9 @@ def make_train_step(
     state:   what steps change, from `split_frozen`.
     inputs:  the batch (BATCH_NAMES, each [A, B, T]), `step_scalars`, the decoder's constants, the frozen
              weights as `params/<buffer>`.
-    outputs: loss (mean over counted tokens), counted (tokens with weight), grad_norm (before clipping),
-             finite (1.0 when loss and norm are; otherwise this update and all later ones are left out).
+    outputs: loss (mean over counted tokens, the router's loss included, see `Decoder.mean_loss`),
+             counted (tokens with weight), grad_norm (before clipping), finite (1.0 when loss and norm are;
+             otherwise this update and all later ones are left out).
     """
     compute = TORCH_DTYPES[recipe.precision.compute]
     constants = tuple(decoder.constants())
@@ -99,8 +100,11 @@ def loss_and_gradients(
     """Mean loss over all counted tokens of all micro-batches, their count, and its gradients.
 
     Each micro-batch contributes its sum divided by the count of the whole batch, so that one batch of 8
-    rows and four of 2 give the same loss and gradients. in_order: see `Backend.in_order`; without it a
-    compiler may begin a micro-batch while activations of the one before are still kept.
+    rows and four of 2 give the same loss and gradients; but for the router's loss, which is not a sum over
+    tokens: each micro-batch has its own, and theirs are averaged by counted tokens.
+
+    in_order: see `Backend.in_order`; without it a compiler may begin a micro-batch while activations of the
+    one before are still kept.
     """
     counted = inputs["weights"].sum()
     total = counted.clamp(min=1.0)

@@ -105,13 +105,12 @@ class SlicedTensor:
         """A private copy of one slice of the whole. Nothing outside of it is read."""
         first, *others = index
         wanted = self.slices[first]
-        if not wanted:
-            shape = (
-                0,
-                *(len(range(*part.indices(n))) for part, n in zip(others, self.shape[1:], strict=True)),
-            )
-            return torch.empty(shape, dtype=FLOAT_DTYPES[self.dtype])
-        return torch.stack([each.read(tuple(others)) for each in wanted])
+        rest = (len(range(*part.indices(n))) for part, n in zip(others, self.shape[1:], strict=True))
+        # Filled one by one: stacked, all of them would be in memory twice.
+        whole = torch.empty((len(wanted), *rest), dtype=FLOAT_DTYPES[self.dtype])
+        for own, stored in zip(whole, wanted, strict=True):
+            own.copy_(stored.read(tuple(others)))
+        return whole
 
     def read_blocks(self, max_bytes: int) -> Iterator[torch.Tensor]:
         """The whole as private blocks of whole slices; one larger than `max_bytes` is a block of its own."""

@@ -17,6 +17,7 @@ def read_facts(reader: ConfigReader) -> ModelFacts:
     attention_bias = reader.flag("attention_bias", False)
     given = reader.optional_size("sliding_window", 4096)
     window = given if reader.flag("use_sliding_window", False) else None
+    kinds = [LayerKind(window, has_experts=has) for has in _have_experts(reader)]
     experts = read_experts(
         reader,
         # transformers 4 and 5 write it by different names.
@@ -30,11 +31,12 @@ def read_facts(reader: ConfigReader) -> ModelFacts:
         "qwen3_moe",
         reader.rope(),
         _DEFAULTS,
-        layer_period=shortest_period([LayerKind(window, has_experts=has) for has in _have_experts(reader)]),
+        layer_period=shortest_period(kinds),
         qkv_bias=attention_bias,
         attention_output_bias=attention_bias,
         qk_norm="head",
-        experts=experts,
+        # A config may give every layer an MLP; its fields of experts then describe nothing.
+        experts=experts if any(kind.has_experts for kind in kinds) else None,
     )
 
 
