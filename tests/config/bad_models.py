@@ -48,8 +48,8 @@ MESHES = [
     ),
     BadInput(
         "expert parallelism by filling",
-        "mesh.expert", "-1 (filled: 8)", "expert parallelism is not yet supported",
-        "supported axes: data,", "1",
+        "mesh.expert", "-1 (filled: 8)", "must be 1: the model has no experts to split",
+        "model_type=llama", "1",
         ("mesh.expert=-1", "mesh.fsdp=1"), mended=("mesh.expert=1", "mesh.fsdp=8"),
     ),
     BadInput(

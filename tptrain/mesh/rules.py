@@ -41,6 +41,15 @@ class RuleTable:
     params: Mapping[str, Rule]
     acts: Mapping[str, Rule]
 
+    def without(self, axis: str) -> RuleTable:
+        """The same rules for a mesh in which this axis splits nothing."""
+
+        def kept(rules: Mapping[str, Rule]) -> dict[str, Rule]:
+            left = {dim: tuple(a for a in axes or () if a != axis) for dim, axes in rules.items()}
+            return {dim: axes or None for dim, axes in left.items()}
+
+        return RuleTable(self.name, kept(self.params), kept(self.acts))
+
 
 STYLES = {
     # Parameters split over `fsdp`, and over `expert`, which splits experts by number and all else like `fsdp`;
@@ -53,10 +62,6 @@ STYLES = {
             "heads": None,
             "kv_heads": None,
             "mlp": None,
-            "experts": ("expert",),
-            "expert_embed": ("fsdp",),
-            "expert_mlp": None,
-            "router": None,
             "norm": None,
             "layers": None,
             "router": None,
@@ -82,10 +87,6 @@ STYLES = {
             "heads": ("tensor",),
             "kv_heads": ("tensor",),
             "mlp": ("tensor",),
-            "experts": ("expert",),
-            "expert_embed": ("fsdp",),
-            "expert_mlp": ("tensor",),
-            "router": None,
             "norm": None,
             "layers": None,
             "router": None,

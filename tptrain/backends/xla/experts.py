@@ -11,7 +11,7 @@ Shapes: B batch, T tokens, K choices, E experts, D model, F mlp, R rows (a token
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from tptrain.jaxside.experts import ExpertsCall, experts_backward_hlo, experts_f
 from tptrain.jaxside.lowering import Platform
 from tptrain.mesh import RuleTable, Spec, spec_of
 from tptrain.mesh.rules import split_count
+from tptrain.models.decoder import ACTIVATIONS
 from tptrain.models.marks import Marks
 
 Dims = tuple[str, ...]
@@ -209,10 +210,10 @@ class _Mixed(torch.autograd.Function):
 
 
 class GroupedExperts:
-    """The core of a mixture's layers, without a token dropped and without products nobody asked for."""
+    """The core of a decoder's experts: no token is dropped, and no product made that nobody asked for."""
 
-    def __init__(self, kernel: ExpertsKernel, marks: Marks):
-        self._kernel, self._marks = kernel, marks
+    def __init__(self, kernel: ExpertsKernel, marks: Marks, activation: Activation):
+        self._kernel, self._marks, self._activation = kernel, marks, activation
 
     def __call__(
         self,
@@ -222,11 +223,11 @@ class GroupedExperts:
         gate: torch.Tensor,
         up: torch.Tensor,
         down: torch.Tensor,
-        activation: Activation,
+        activation: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        """x [B, T, D], weights and choices [B, T, K], gate [E, F, D], up, down [E, D, F] -> [B, T, D]."""
-        given = [x, weights.to(x.dtype), gate, up, down]
-        y, of_gate, of_up = self._kernel.forward(given, choices, activation)
-        of_gate = self._marks(of_gate, "expert_gate", *_ROWS)
-        of_up = self._marks(of_up, "expert_up", *_ROWS)
-        return _Mixed.apply(self._kernel, activation, y, choices, of_gate, of_up, *given)
+        assert activation is ACTIVATIONS[self._activation], "the kernel has the model's own"
+        given = [x, weights, gate, up, down]
+        y, *products = self._kernel.forward(given, choices, self._activation)
+        names = ("expert_gate", "expert_up")
+        kept = [self._marks(rows, name, *_ROWS) for rows, name in zip(products, names, strict=True)]
+        return _Mixed.apply(self._kernel, self._activation, y, choices, *kept, *given)
