@@ -39,9 +39,10 @@ def choose_mesh(section: MeshSection, topology: Topology) -> ChosenMesh:
     ici, problems = fill_axes(asked, topology.devices_per_slice, "mesh.{}", total_name)
     dcn, dcn_problems = fill_axes(asked_dcn, topology.num_slices, "mesh.dcn_{}", f"slices of {topology.name}")
     complete = not problems and not dcn_problems
+    supported = ", ".join(axis for axis in AXES if axis not in _UNSUPPORTED)
     for axis, what in _UNSUPPORTED.items():
         if ici[axis] > 1:
-            rule, other = f"must be 1: {what} is not yet supported", f"supported axes: {', '.join(axis for axis in AXES if axis not in _UNSUPPORTED)}"
+            rule, other = f"must be 1: {what} is not yet supported", f"supported axes: {supported}"
             problems.append(Problem(f"mesh.{axis}", _said(asked[axis], ici[axis]), rule, other, "1"))
     shape = MeshShape(
         ici=tuple(max(ici[axis], 1) for axis in AXES),
@@ -115,7 +116,7 @@ def _common_units(case: ShardingCase, axis: str) -> int:
 
 
 def _divides(case: ShardingCase, axis: str, size: int) -> bool:
-    """Whether every dim that `axis` splits divides with this ICI size of it, beside the other axes of the dim.
+    """Whether every dim that `axis` splits divides with this ICI size of it, beside the dim's other axes.
 
     An axis that takes what the others leave takes less or more then.
     """

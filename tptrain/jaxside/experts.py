@@ -196,10 +196,9 @@ def _backward(
     unweighted = _product(call, gradients, down, sizes, transposed=False).astype(jnp.float32)
     of_weights = _mine(_rows((hidden * unweighted).sum(-1), places), places, sizes)
     of_gated, of_upped = into(unweighted * weight)
-    of_x = sum(
-        _mine(_rows(_product(call, of, matrix, sizes, transposed=False), places), places, sizes)
-        for of, matrix in ((of_gated, gate), (of_upped, up))
-    ).sum(1)
+    of_rows = _product(call, of_gated, gate, sizes, transposed=False)
+    of_rows += _product(call, of_upped, up, sizes, transposed=False)
+    of_x = _mine(_rows(of_rows, places), places, sizes).sum(1)
     return (
         of_x.astype(dtype),
         of_weights.astype(dtype),

@@ -52,8 +52,8 @@ class RuleTable:
 
 
 STYLES = {
-    # Parameters split over `fsdp`, and over `expert`, which splits experts by number and all else like `fsdp`;
-    # activations over the batch.
+    # Parameters split over `fsdp`, and over `expert`, which splits experts by their number and all else like
+    # `fsdp`; activations over the batch.
     "fsdp": RuleTable(
         "fsdp",
         params={

@@ -23,8 +23,8 @@ from tptrain.backends.base import (
 )
 from tptrain.backends.shards import read_buffer_shards
 from tptrain.backends.xla.capture import CapturedStep, compile_count
-from tptrain.backends.xla.jax_call import traced_call
 from tptrain.backends.xla.experts import ExpertsKernel
+from tptrain.backends.xla.jax_call import traced_call
 from tptrain.backends.xla.passes import apply_passes
 from tptrain.backends.xla.sharding import DeviceMesh
 from tptrain.backends.xla.splash import SplashKernel
