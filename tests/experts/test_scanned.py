@@ -1,10 +1,9 @@
-"""Grouped products inside the scanned decoder: the losses and gradients of the plain core, and no product made
-twice where its result is kept.
+"""Grouped products inside the scanned decoder: the losses and gradients of the plain core, and no product is
+made twice where its result is kept.
 """
 
 from __future__ import annotations
 
-import re
 from functools import cache
 from typing import Any
 

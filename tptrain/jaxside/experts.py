@@ -116,7 +116,7 @@ def route_hlo(call: ExpertsCall) -> bytes:
     """
     first = jax.ShapeDtypeStruct((1,), jnp.int32)
     choices = jax.ShapeDtypeStruct((call.tokens, call.choices), jnp.int32)
-    return lower_to_hlo(partial(_route, call), [choices, first], call.platform)
+    return lower_to_hlo(partial(route, call), [choices, first], call.platform)
 
 
 @cache
@@ -126,7 +126,7 @@ def experts_forward_hlo(call: ExpertsCall) -> bytes:
 
     y is what the experts held here give: the sum over them of weight * expert(token).
     """
-    return _lower(partial(_forward, call), call, [call.x, call.weights, *call.routes, *call.matrices])
+    return _lower(partial(experts_forward, call), call, [call.x, call.weights, *call.routes, *call.matrices])
 
 
 @cache
@@ -138,10 +138,10 @@ def experts_backward_hlo(call: ExpertsCall) -> bytes:
     of y, is also that of its hidden values and their gradient.
     """
     given = [call.x, call.x, call.weights, *call.routes, call.hidden, call.hidden, *call.matrices]
-    return _lower(partial(_backward, call), call, given)
+    return _lower(partial(experts_backward, call), call, given)
 
 
-def _route(call: ExpertsCall, choices: jax.Array, first: jax.Array) -> tuple[jax.Array, ...]:
+def route(call: ExpertsCall, choices: jax.Array, first: jax.Array) -> tuple[jax.Array, ...]:
     local = choices.reshape(-1) - first
     group = jnp.where((local >= 0) & (local < call.experts), local, call.experts)
     pairs = jnp.arange(call.pairs, dtype=jnp.int32)
@@ -153,7 +153,7 @@ def _route(call: ExpertsCall, choices: jax.Array, first: jax.Array) -> tuple[jax
     return order, places.reshape(call.tokens, call.choices), sizes
 
 
-def _forward(
+def experts_forward(
     call: ExpertsCall,
     x: jax.Array,
     weights: jax.Array,
@@ -175,7 +175,7 @@ def _forward(
     return y.astype(x.dtype), gated, upped
 
 
-def _backward(
+def experts_backward(
     call: ExpertsCall,
     gradient: jax.Array,
     x: jax.Array,

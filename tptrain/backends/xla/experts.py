@@ -3,8 +3,9 @@
 The graph leaves automatic partitioning around them, as around splash attention. Before it, tokens that are
 split over the axes that split the experts are collected, and matrices over the axes that split the batch.
 After it, each device has a part of a sum: of a token's result, what its own experts and its columns of them
-give; of a matrix's gradient, what its own tokens give. Parts get leading dims, split over the axes that hold
-them, and are added up: SPMD turns that into a reduce-scatter or an all-reduce among those devices.
+give; of a matrix's gradient, what its own tokens give. Over axes that split the sum, devices add it up and
+each keeps a piece (a reduce-scatter). For others, parts get leading dims, which are split over these axes and
+summed outside: SPMD makes all-reduces of that.
 
 Shapes: B batch, T tokens, K choices, E experts, D model, F mlp, R rows (a token and one of its experts).
 """
@@ -147,26 +148,29 @@ class ExpertsKernel:
         return tuple(_without(axes, self._matrix_parts) for axes in self._matrix(dims))
 
     def _whole_tokens(self, part: torch.Tensor, dims: Dims) -> torch.Tensor:
-        return self._sum(part, self._result_parts, self._tokens(dims), self._act(dims))
+        return self._sum(part, self._result_parts, self._act(dims))
 
     def _whole_matrix(self, part: torch.Tensor, dims: Dims) -> torch.Tensor:
-        return self._sum(part, self._matrix_parts, self._held(dims), self._matrix(dims))
+        return self._sum(part, self._matrix_parts, self._matrix(dims))
 
-    def _sum(self, part: torch.Tensor, parts: Sequence[str], held: Spec, wanted: Spec) -> torch.Tensor:
+    def _sum(self, part: torch.Tensor, parts: Sequence[str], wanted: Spec) -> torch.Tensor:
         """The sum of what the devices along some axes have.
 
-        parts:  those axes. held: how each part is split over others. wanted: how the sum is to be split.
+        parts:  those axes. wanted: how the sum is to be split: over other axes as the parts are, and then
+                over some of `parts`.
         """
-        # First over axes that split the sum: what is left to be added up over others is then smaller.
-        scattering = {axis for axes in wanted for axis in axes}
-        above_one = [axis for axis in parts if self.mesh.axis_sizes[axis] > 1]
-        left = sorted(above_one, key=lambda axis: axis not in scattering)
+        left = [axis for axis in parts if self.mesh.axis_sizes[axis] > 1]
+        # First over axes that split the sum: what is left to be added up over others is then smaller. Stated
+        # and not left to the compiler, which adds up all of it over sixteen chips and keeps a sixteenth.
+        for dim, axes in enumerate(wanted):
+            for axis in axes:
+                if axis in left:
+                    part = self.mesh.scattered_sum(part, axis, dim)
+                    left.remove(axis)
         part = part.reshape(*[1] * len(left), *part.shape)
-        x = self.mesh.whole(part, (*((axis,) for axis in left), *held))
-        while left:
-            del left[0]
-            split = (_without(axes, left) for axes in wanted)
-            x = self.mesh.mark(x.sum(0, dtype=x.dtype), (*((axis,) for axis in left), *split))
+        x = self.mesh.whole(part, (*((axis,) for axis in left), *wanted))
+        if left:
+            x = self.mesh.mark(x.sum(list(range(len(left))), dtype=x.dtype), wanted)
         return x
 
 
