@@ -131,7 +131,8 @@ class ExpertsKernel:
     @property
     def _matrix_parts(self) -> tuple[str, ...]:
         """The axes along which they have parts of a matrix's gradient: other tokens."""
-        return _without(self.rules.acts["act_batch"] or (), self._expert_axes)
+        tokens = [axis for dim in ("act_batch", "act_tokens") for axis in self.rules.acts[dim] or ()]
+        return _without(tokens, self._expert_axes)
 
     def _act(self, dims: Dims) -> Spec:
         return spec_of(dims, self.rules.acts)
