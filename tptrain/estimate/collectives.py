@@ -93,9 +93,9 @@ def _gathered(rows: Iterable[ParamRow], work: Workload) -> dict[str, tuple[int, 
     """Axis -> (rows that are collected over it, their numbers on a chip when they are)."""
     found: dict[str, tuple[int, int]] = {}
     for row in rows:
-        for axis in work.gather_axes(row):
+        for axis, gathered in work.gathered_over(row).items():
             count, elements = found.get(axis, (0, 0))
-            found[axis] = (count + 1, elements + work.gathered_elements(row))
+            found[axis] = (count + 1, elements + gathered)
     return found
 
 
@@ -106,7 +106,7 @@ def _gradients(work: Workload) -> Iterator[_Wanted]:
     for axis in batch:
         split = [row for row in trained if axis in work.gather_axes(row) and _is_collected(row, work)]
         whole = [row for row in trained if axis not in work.split_axes(row)]
-        scattered = sum(work.gathered_elements(row) for row in split)
+        scattered = sum(work.gathered_over(row)[axis] for row in split)
         summed = sum(work.local_elements(row) for row in whole)
         times, width = work.micro_batches, work.compute_bytes * work.micro_batches
         yield _Wanted("reduce-scatter", axis, "gradients", len(split) * times, scattered * width)

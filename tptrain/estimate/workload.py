@@ -164,6 +164,14 @@ class Workload:
         apart = self.expert_axes if row.is_in_slices else []
         return [axis for axis in self.split_axes(row) if axis in batch and axis not in apart]
 
+    def gathered_over(self, row: ParamRow) -> dict[str, int]:
+        """Axis that a row is collected over -> its numbers that a device has then; inner axes come first."""
+        elements, found = self.local_elements(row), {}
+        for axis in reversed(self.gather_axes(row)):
+            elements *= self.axis_sizes[axis]
+            found[axis] = elements
+        return found
+
     def local_elements(self, row: ParamRow) -> int:
         """Numbers of a row that one device keeps."""
         return math.prod(row.padded_size) // split_count(self.split_axes(row), self.axis_sizes)
