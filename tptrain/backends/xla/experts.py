@@ -3,9 +3,8 @@
 The graph leaves automatic partitioning around them, as around splash attention. Before it, tokens that are
 split over the axes that split the experts are collected, and matrices over the axes that split the batch.
 After it, each device has a part of a sum: of a token's result, what its own experts and its columns of them
-give; of a matrix's gradient, what its own tokens give. Over axes that split the sum, devices add it up and
-each keeps a piece (a reduce-scatter). For others, parts get leading dims, which are split over these axes and
-summed outside: SPMD makes all-reduces of that.
+give; of a matrix's gradient, what its own tokens give. Parts get leading dims, split over the axes that hold
+them, and are added up: SPMD makes reduce-scatters and all-reduces of that.
 
 Shapes: B batch, T tokens, K choices, E experts, D model, F mlp, R rows (a token and one of its experts).
 """
@@ -160,19 +159,21 @@ class ExpertsKernel:
         parts:  those axes. wanted: how the sum is to be split: over other axes as the parts are, and then
                 over some of `parts`.
         """
-        left = [axis for axis in parts if self.mesh.axis_sizes[axis] > 1]
-        # First over axes that split the sum: what is left to be added up over others is then smaller. Stated
-        # and not left to the compiler, which adds up all of it over sixteen chips and keeps a sixteenth.
-        for dim, axes in enumerate(wanted):
-            for axis in axes:
-                if axis in left:
-                    part = self.mesh.scattered_sum(part, axis, dim)
-                    left.remove(axis)
+        # First over axes that split the sum: what is left to be added up over others is then smaller.
+        scattering = {axis for axes in wanted for axis in axes}
+        above_one = [axis for axis in parts if self.mesh.axis_sizes[axis] > 1]
+        left = sorted(above_one, key=lambda axis: axis not in scattering)
         part = part.reshape(*[1] * len(left), *part.shape)
-        x = self.mesh.whole(part, (*((axis,) for axis in left), *wanted))
-        if left:
-            x = self.mesh.mark(x.sum(list(range(len(left))), dtype=x.dtype), wanted)
+        x = self.mesh.whole(part, self._while_left(left, wanted))
+        while left:
+            del left[0]
+            x = self.mesh.mark(x.sum(0, dtype=x.dtype), self._while_left(left, wanted))
         return x
+
+    @staticmethod
+    def _while_left(left: Sequence[str], wanted: Spec) -> Spec:
+        """How a sum is split that still has a leading dim of parts for each of these axes."""
+        return (*((axis,) for axis in left), *(_without(axes, left) for axes in wanted))
 
 
 def _without(axes: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:

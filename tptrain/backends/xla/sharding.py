@@ -84,16 +84,6 @@ class DeviceMesh:
         sharding = self.xla.get_op_sharding(partition_spec(spec))
         return _XLAC._spmd_shard_to_full_shape(piece, sharding, shape, piece.dtype)
 
-    def scattered_sum(self, piece: torch.Tensor, axis: str, dim: int) -> torch.Tensor:
-        """Of the sum of the pieces of all devices along an axis, each one's part of a dim: a reduce-scatter.
-
-        Between `piece` and `whole`.
-        """
-        places = np.array(self.order).reshape(tuple(self.axis_sizes.values()))
-        size = self.axis_sizes[axis]
-        groups = np.moveaxis(places, list(self.axis_sizes).index(axis), -1).reshape(-1, size).tolist()
-        return _XLAC._xla_spmd_reduce_scatter("sum", piece, 1.0, dim, size, groups)
-
     def place(self, shards: Mapping[int, torch.Tensor], shape: Sequence[int], spec: Spec) -> torch.Tensor:
         """A device tensor from its pieces: shards by mesh position, for every local device."""
         ordered = [shards[position].contiguous() for position in self.local_positions]
