@@ -8,6 +8,9 @@ For example:
 from tptrain.cli import run_recipe
 from tptrain.config import DataSection, ModelSection, OptimSection, Recipe, RematSection, ScheduleSection
 
+# The slices that it is planned for.
+TOPOLOGIES = ("v5p-32", "v6e-16", "v4-32", "2xv5p-32")
+
 # config.json of meta-llama/Meta-Llama-3-8B, so that a plan needs no download.
 LLAMA3_8B = {
     "model_type": "llama",

@@ -89,8 +89,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
 for _name, _config in CONFIGS.items():
     _config["architectures"] = [families()[_config["model_type"]].architecture]
 
-# Changes to these in the models that vLLM serves: its kernels take heads of 32 and more.
-SERVED: dict[str, Any] = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 160}
+# Changes in the models that vLLM serves: its kernels take heads of 32 and more, and its Qwen2 no windows.
+_SERVED: dict[str, Any] = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 160}
+
+
+def served_config(name: str) -> dict[str, Any]:
+    more = {"use_sliding_window": False} if name == "qwen2" else {}
+    return {**CONFIGS[name], **_SERVED, **more}
 
 
 @cache

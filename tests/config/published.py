@@ -1,4 +1,4 @@
-"""config.json files as published, in the fields that say what the model is, and how many parameters it has."""
+"""config.json files as published, in the fields that say what a model is, and how many parameters it has."""
 
 from __future__ import annotations
 

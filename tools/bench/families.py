@@ -83,8 +83,7 @@ def measured(name: str, folder: Path) -> dict[str, Any]:
     """All but vLLM's part, for which `folder` gets an export and a reference."""
     from tests import families, small
 
-    config = {**families.CONFIGS[name], **families.SERVED}
-    model = small.reference_model(config)
+    model = small.reference_model(families.served_config(name))
     model.save_pretrained(folder / "hf")
     export(folder)
     write_reference(model, folder / "reference.json")

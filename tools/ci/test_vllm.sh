@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Train a small model on GSM8K, export it, and hold the export in a real vLLM against transformers.
+# Train a small model on GSM8K, export it, and hold the export in a real vLLM against transformers. Then a small
+# model of every family: logits, losses, export, and served tokens.
 #
 # TPTRAIN_GSM8K names the folder with GSM8K's train.jsonl and test.jsonl. Everything is written to build/vllm,
 # which is emptied first; the environment with vLLM is .venv-vllm, made by make_vllm_env.sh.
@@ -40,3 +41,5 @@ PYTHON
     --out "$work/reference.json"
 .venv-vllm/bin/python tests/vllm/check_export.py --export "$work/run/export" --float32-export "$work/float32" \
     --prompts "$work/prompts.json" --reference "$work/reference.json"
+
+"$python" tools/bench/families.py --vllm .venv-vllm/bin/python --work "$work/families"

@@ -91,7 +91,10 @@ def _data_problems(recipe: Recipe) -> list[Problem]:
         for setting, path in (("data.path", recipe.data.path), ("eval.path", recipe.eval.path))
         if path is not None and path.startswith("builtin:") and path not in BUILTIN_DATA
     ]
-    if recipe.eval.problems and recipe.eval.path is None and not recipe.data.path.startswith("builtin:"):
+    if recipe.eval.problems and recipe.data.preset == "chat":
+        rule, other = "asks for questions with one answer each", "data.preset=chat"
+        problems.append(Problem("eval.problems", recipe.eval.problems, rule, other, "0"))
+    elif recipe.eval.problems and recipe.eval.path is None and not recipe.data.path.startswith("builtin:"):
         rule, other = "needs held-out records", "eval.path=none"
         fix = "0, or eval.path=FILE with held-out records"
         problems.append(Problem("eval.problems", recipe.eval.problems, rule, other, fix))
@@ -226,6 +229,7 @@ def _idle_settings(recipe: Recipe, topology: Topology) -> list[tuple[bool, str, 
         (evaluation.problems == 0, "eval.problems=0", eval_settings),
         (_is_one_file(evaluation.path), f"eval.path={evaluation.path}", ("eval.split",)),
         (_is_one_file(data.path), f"data.path={data.path}", ("data.subset", "data.split")),
+        (data.preset == "chat", "data.preset=chat", ("data.completion_column",)),
         (constant, "schedule.kind=constant", ("schedule.final_ratio",)),
         (optim.name == "adamw", "optim.name=adamw", of_adafactor),
         (optim.name == "adafactor", "optim.name=adafactor", ("optim.beta1", "optim.beta2", "optim.eps")),

@@ -45,13 +45,14 @@ class DataSection:
     """Configuration name of a hub data set, such as "main"."""
     split: str = "train"
     """Split of a hub data set or of a saved DatasetDict."""
-    preset: Literal["prompt_completion", "gsm8k"] = "prompt_completion"
+    preset: Literal["prompt_completion", "gsm8k", "alpaca", "chat"] = "prompt_completion"
     """How a record becomes prompt and completion; gsm8k: "Question: ...\\nAnswer:" and " ...", from question
-    and answer."""
+    and answer; alpaca: from instruction, input (may be empty) and output; chat: messages (a list of role and
+    content) through the tokenizer's chat template, of which every turn of the assistant is a completion."""
     prompt_column: str = "auto"
-    """Column of the prompt; auto: the preset's own (prompt, or question for gsm8k)."""
+    """Column of the prompt; auto: the preset's own (prompt, question, instruction, messages)."""
     completion_column: str = "auto"
-    """Column of the completion; auto: the preset's own (completion, or answer for gsm8k)."""
+    """Column of the completion; auto: the preset's own (completion, answer, output; chat has none)."""
     seq_len: int = Field(default=512, ge=2)
     """Tokens per row; shorter rows are padded."""
     batch_rows: int = Field(default=16, ge=1)

@@ -14,7 +14,17 @@ import xxhash
 from transformers import PreTrainedTokenizerFast
 
 from tptrain.config.schema import DataSection
-from tptrain.data.render import BOUNDARY, Rendered, check_columns, record_texts, render_many
+from tptrain.data.chat import chat_problems, render_conversation
+from tptrain.data.render import (
+    BOUNDARY,
+    CHAT,
+    MISSING_COLUMN,
+    Rendered,
+    check_columns,
+    columns,
+    record_texts,
+    render_many,
+)
 from tptrain.data.tokenizer import padding_id
 from tptrain.errors import raise_if_any, refuse
 
@@ -127,6 +137,12 @@ def _render_all(
     records: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerFast, section: DataSection
 ) -> Iterable[Rendered | str]:
     """A `Rendered` or a reason for each record, in order within the reasons and within the rest."""
+    if section.preset == CHAT:
+        raise_if_any(chat_problems(tokenizer))
+        (column,) = columns(section)
+        for record in records:
+            yield render_conversation(tokenizer, record[column]) if column in record else MISSING_COLUMN
+        return
     remaining = iter(records)
     while chunk := list(islice(remaining, _CHUNK)):
         texts = [record_texts(record, section) for record in chunk]

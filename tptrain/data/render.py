@@ -28,18 +28,39 @@ EMPTY_COMPLETION = "empty completion"
 
 @dataclass(frozen=True)
 class Preset:
-    """How a record becomes a prompt and a completion: default columns, and a template for each text."""
+    """How a record becomes a prompt and a completion: default columns, and a template for each text.
+
+    input_column: of a second text of the prompt, which records may lack or leave empty; None for no such.
+    with_input:   the template of a prompt that has one.
+    """
 
     prompt_column: str
     completion_column: str
     prompt: str
     completion: str
+    input_column: str | None = None
+    with_input: str = ""
+
+    def prompt_of(self, text: str, record: Mapping[str, Any]) -> str:
+        more = record.get(self.input_column) if self.input_column else None
+        if isinstance(more, str) and more.strip():
+            return self.with_input.format(text, more)
+        return self.prompt.format(text)
 
 
 PRESETS = {
     "prompt_completion": Preset("prompt", "completion", "{}", "{}"),
     "gsm8k": Preset("question", "answer", "Question: {}\nAnswer:", " {}"),
+    "alpaca": Preset(
+        *("instruction", "output"),
+        "### Instruction:\n{}\n\n### Response:\n",
+        "{}",
+        input_column="input",
+        with_input="### Instruction:\n{}\n\n### Input:\n{}\n\n### Response:\n",
+    ),
 }
+# The preset whose records are conversations: see `tptrain.data.chat`.
+CHAT, MESSAGES = "chat", "messages"
 
 
 @dataclass(frozen=True)
@@ -131,8 +152,10 @@ def _straddles(encoding: Encoding, begin: int, boundary: int) -> bool:
     return (before is not None and before[1] > boundary) or (after is not None and after[0] < boundary)
 
 
-def columns(section: DataSection) -> tuple[str, str]:
-    """The names of the prompt's and the completion's column."""
+def columns(section: DataSection) -> tuple[str, ...]:
+    """The names of the prompt's and the completion's column; of conversations there is one."""
+    if section.preset == CHAT:
+        return (MESSAGES if section.prompt_column == "auto" else section.prompt_column,)
     preset = PRESETS[section.preset]
     prompt, completion = section.prompt_column, section.completion_column
     return (
@@ -145,7 +168,7 @@ def check_columns(records: Iterable[Mapping[str, Any]], section: DataSection) ->
     """A problem for each column that no record has. A record that alone lacks one is dropped and counted."""
     found = sorted({name for record in records for name in record})
     problems = []
-    for setting, name in zip(("prompt_column", "completion_column"), columns(section), strict=True):
+    for setting, name in zip(("prompt_column", "completion_column"), columns(section), strict=False):
         if name in found:
             continue
         guess = nearest(name, found)
@@ -156,6 +179,8 @@ def check_columns(records: Iterable[Mapping[str, Any]], section: DataSection) ->
 
 
 def _passing_column(found: Sequence[str], setting: str) -> str:
+    if MESSAGES in found:
+        return f"data.preset={CHAT}"
     for name, preset in PRESETS.items():
         if preset.prompt_column in found and preset.completion_column in found:
             return f"data.preset={name}"
@@ -164,7 +189,17 @@ def _passing_column(found: Sequence[str], setting: str) -> str:
 
 def prompt_text(record: Mapping[str, Any], section: DataSection) -> str:
     """The prompt of a record, as trained on and as generation and a server must send it."""
-    return PRESETS[section.preset].prompt.format(record[columns(section)[0]])
+    return PRESETS[section.preset].prompt_of(record[columns(section)[0]], record)
+
+
+def all_texts(records: Iterable[Mapping[str, Any]], section: DataSection) -> list[str]:
+    """What the records say, for making a tokenizer: prompt and completion in one, or each message."""
+    if section.preset == CHAT:
+        (column,) = columns(section)
+        messages = (each for record in records for each in record.get(column) or ())
+        return [each["content"] for each in messages if isinstance(each.get("content"), str)]
+    texts = (record_texts(record, section) for record in records)
+    return ["".join(text) for text in texts if not isinstance(text, str)]
 
 
 def record_texts(record: Mapping[str, Any], section: DataSection) -> tuple[str, str] | str:

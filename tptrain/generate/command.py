@@ -24,7 +24,8 @@ from tptrain.config.schema import (
     ScheduleSection,
 )
 from tptrain.config.state_parts import PARAMS
-from tptrain.data.render import PRESETS, encode_prompt
+from tptrain.data.chat import question_ids
+from tptrain.data.render import CHAT, PRESETS, encode_prompt
 from tptrain.data.tokenizer import load_tokenizer
 from tptrain.errors import refuse
 from tptrain.generate.decoding import Generator
@@ -84,10 +85,13 @@ def answer(
     prepare_process(plan)
     tokenizer = load_tokenizer(plan.recipe.model)
     backend = make_backend(plan)  # before anything reads the step: JAX takes its devices at its first use
+    ids = encode_prompt(tokenizer, prompt)
     if not raw and is_step_folder(source):
         preset = read_run(source)["recipe"].get("data.preset")  # a converted model folder has none
-        prompt = PRESETS[preset].prompt.format(prompt) if preset else prompt
-    ids = encode_prompt(tokenizer, prompt)
+        if preset == CHAT:
+            ids = question_ids(tokenizer, prompt)
+        elif preset:
+            ids = encode_prompt(tokenizer, PRESETS[preset].prompt_of(prompt, {}))
     if not ids:
         raise refuse("prompt", repr(prompt), "must have at least one token", "it has 0", "a text")
     if new_tokens is None:

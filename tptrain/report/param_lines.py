@@ -42,7 +42,7 @@ def param_lines(
     """The stored rows in the table's order, layers collapsed: `model.layers.{0..31}.mlp.up_proj.weight`."""
     groups: dict[object, list[ParamRow]] = {}
     for row in stored_rows(table):
-        alike = dataclasses.replace(row, name=_LAYER.sub(".layers.{}.", row.name))
+        alike = dataclasses.replace(row, name=_LAYER.sub(".layers.{}.", row.name), in_files=())
         groups.setdefault((alike, specs[row.name]), []).append(row)
     return [_line(rows, specs[rows[0].name], axis_sizes) for rows in groups.values()]
 

@@ -15,7 +15,7 @@ from tptrain.ckpt.steps import is_step_folder
 from tptrain.config.plan import Plan
 from tptrain.data.batches import Batches, run_length
 from tptrain.data.dataset import tokenize_records
-from tptrain.data.render import record_texts
+from tptrain.data.render import all_texts
 from tptrain.data.sources import load_records
 from tptrain.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
 from tptrain.errors import raise_if_any
@@ -65,9 +65,7 @@ def _tokenizer(plan: Plan, folder: RunFolder, records: list[dict[str, Any]]) -> 
         return load_tokenizer(replace(model, tokenizer=str(folder.assets)))
     if model.tokenizer != "train":
         return load_tokenizer(model)
-    texts = [record_texts(record, plan.recipe.data) for record in records]
-    whole = ["".join(text) for text in texts if not isinstance(text, str)]
-    return train_tokenizer(whole, plan.facts.vocab_size)
+    return train_tokenizer(all_texts(records, plan.recipe.data), plan.facts.vocab_size)
 
 
 def weight_source(plan: Plan) -> TensorSource | Path:
