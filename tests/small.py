@@ -217,6 +217,8 @@ def small_plan(
     chunk_tokens: int = 0,
     length: int = TOKENS,
     attention: str = "auto",
+    experts: str = "auto",
+    expert: int = 1,
 ) -> Plan:
     """The plan of a small run: ROWS rows of `length` tokens per micro-batch."""
     settings: dict[str, Any] = {"learning_rate": 2e-3, "weight_decay": 0.1, **(optim or {})}
@@ -226,13 +228,13 @@ def small_plan(
         backend=backend,  # type: ignore[arg-type]
         model=ModelSection(config=dict(config), tokenizer="train", trainable=tuple(trainable)),
         data=DataSection(path="train.jsonl", seq_len=length, batch_rows=ROWS * accumulation),
-        mesh=MeshSection(data=data, fsdp=fsdp, tensor=tensor),
+        mesh=MeshSection(data=data, fsdp=fsdp, tensor=tensor, expert=expert),
         optim=OptimSection(accumulation=accumulation, **settings),
         schedule=ScheduleSection(max_steps=PLANNED_STEPS, warmup_steps=2),
         precision=PrecisionSection(compute=format, master=format),  # type: ignore[arg-type]
         remat=RematSection(policy=remat),  # type: ignore[arg-type]
         loss=LossSection(chunk_tokens=chunk_tokens),
-        kernels=KernelsSection(attention=attention),  # type: ignore[arg-type]
+        kernels=KernelsSection(attention=attention, experts=experts),  # type: ignore[arg-type]
     )
     return plan_recipe(recipe, environ={})
 

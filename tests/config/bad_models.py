@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bad_input_form import BadInput
+from samples import MIXTRAL
 
 # Topology and mesh.
 MESHES = [
@@ -48,9 +49,29 @@ MESHES = [
     ),
     BadInput(
         "expert parallelism by filling",
-        "mesh.expert", "-1 (filled: 8)", "expert parallelism is not yet supported",
-        "supported axes: data,", "1",
+        "mesh.expert", "-1 (filled: 8)", "must be 1: the model has no experts to split",
+        "model_type=llama", "1",
         ("mesh.expert=-1", "mesh.fsdp=1"), mended=("mesh.expert=1", "mesh.fsdp=8"),
+    ),
+    BadInput(
+        "experts that the axis does not divide",
+        "mesh.expert", 4, "must divide num_experts", "num_experts=6", "1 or 2",
+        (*MIXTRAL, "mesh.expert=4"), mended=(*MIXTRAL, "mesh.expert=2"),
+    ),
+    BadInput(
+        "hidden size that both axes over it do not divide",
+        "mesh.fsdp", "-1 (filled: 32)", "must divide hidden_size", "hidden_size=96",
+        "1, 2, 4, 8 or 16 with mesh.data=-1",
+        (*MIXTRAL, "mesh.expert=2", "topology=cpu-64", "data.batch_rows=64"),
+        mended=(
+            *(*MIXTRAL, "mesh.expert=2", "topology=cpu-64", "data.batch_rows=64"),
+            *("mesh.fsdp=16", "mesh.data=-1"),
+        ),
+    ),
+    BadInput(
+        "grouped experts without TPUs",
+        "kernels.experts", "grouped", "is a kernel for TPUs", "topology=cpu-8", "auto or plain",
+        (*MIXTRAL, "kernels.experts=grouped"), mended=(*MIXTRAL, "kernels.experts=plain"),
     ),
     BadInput(
         "unknown rule table",

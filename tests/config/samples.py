@@ -19,6 +19,12 @@ SMALL_LLAMA = {
     "tie_word_embeddings": False,
 }
 
+# What makes a Mixtral of it, as overrides.
+MIXTRAL = (
+    *("model.config.model_type=mixtral", 'model.config.architectures=["MixtralForCausalLM"]'),
+    *("model.config.num_local_experts=6", "model.config.num_experts_per_tok=2"),
+)
+
 
 def small_recipe(**sections: object) -> Recipe:
     """A recipe that plans without problems on cpu-1 to cpu-16."""

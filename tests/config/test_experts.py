@@ -108,7 +108,7 @@ def test_dims_and_rules_of_experts() -> None:
     assert (down.size, down.dims) == ((8, 4096, 14336), ("experts", "expert_embed", "expert_mlp"))
     assert all(row.decay for row in (router, up, down))
     specs = param_specs(rows.values(), STYLES["fsdp+tensor"])
-    assert specs[router.name] == ((), ("fsdp",))
+    assert specs[router.name] == ((), ("fsdp", "expert"))
     assert specs[up.name] == (("expert",), ("tensor",), ("fsdp",))
     assert specs[down.name] == (("expert",), ("fsdp",), ("tensor",))
     assert param_specs([up], STYLES["fsdp"])[up.name] == (("expert",), (), ("fsdp",))

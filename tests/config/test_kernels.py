@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from samples import small_recipe
+from samples import MIXTRAL, small_recipe
 
 from tptrain.config import KernelsSection, Plan
 from tptrain.config.kernels import SplashBlocks
@@ -86,3 +86,26 @@ def test_the_page_and_the_json_say_which_attention_runs() -> None:
 def test_a_recipe_may_hold_a_kernels_section() -> None:
     recipe = small_recipe(topology="v5e-8", kernels=KernelsSection(attention="plain"))
     assert plan_recipe(recipe, {}).splash is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ((*MIXTRAL, "topology=cpu-8"), "plain"),
+        ((*MIXTRAL, "topology=cpu-1", "backend=torch"), "plain"),
+        ((*MIXTRAL, "topology=v5e-8"), "grouped"),
+        ((*MIXTRAL, "topology=v5p-16", "kernels.experts=grouped"), "grouped"),
+        ((*MIXTRAL, "topology=v5e-8", "kernels.experts=plain"), "plain"),
+        (("topology=v5e-8",), None),
+    ],
+)
+def test_experts_are_grouped_on_tpus_alone(overrides: tuple[str, ...], expected: str | None) -> None:
+    plan = planned(*overrides)
+    assert plan.experts == expected and plan_json(plan)["experts"] == expected
+    assert not any("kernels.experts" in notice for notice in plan.notices)
+    assert ("Experts: " in plan_page(plan)) == (expected is not None)
+
+
+def test_a_core_of_experts_that_are_not_there_is_a_notice() -> None:
+    notices = planned("topology=v5e-8", "kernels.experts=plain").notices
+    assert "kernels.experts=plain has no effect: the model has no experts." in notices

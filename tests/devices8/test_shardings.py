@@ -10,14 +10,17 @@ import torch
 import torch_xla
 import torch_xla.distributed.spmd as xs
 
-from tests import small
+from tests import families, small
 from tptrain.backends.xla.sharding import DeviceMesh
 from tptrain.config import Plan
 from tptrain.jaxside.specs import jax_mesh, named_sharding
 from tptrain.mesh import Spec, shard_slices
 
-# data, fsdp, tensor
-MESHES = {"8x1": (1, 8, 1), "4x2": (1, 4, 2), "2x4": (1, 2, 4), "1x8": (1, 1, 8), "2x2x2": (2, 2, 2)}
+# data, fsdp, tensor, expert
+MESHES = {
+    **{"8x1": (1, 8, 1, 1), "4x2": (1, 4, 2, 1), "2x4": (1, 2, 4, 1), "1x8": (1, 1, 8, 1)},
+    **{"2x2x2": (2, 2, 2, 1), "experts": (1, 2, 2, 2)},
+}
 ORDERS = {"as they come": (0, 1, 2, 3, 4, 5, 6, 7), "permuted": (6, 2, 7, 3, 4, 0, 5, 1)}
 
 # Ordinal of a device -> start and stop in every dim of what it holds.
@@ -26,9 +29,11 @@ Held = dict[int, tuple[tuple[int, int], ...]]
 
 @cache
 def plan_of(mesh: str) -> Plan:
-    data, fsdp, tensor = MESHES[mesh]
+    data, fsdp, tensor, expert = MESHES[mesh]
     config = small.small_config(attention_bias=True, mlp_bias=True)
-    return small.small_plan(fsdp, tensor, data, config=config)
+    if expert > 1:
+        config = families.CONFIGS["mixtral"]
+    return small.small_plan(fsdp, tensor, data, config=config, expert=expert)
 
 
 def bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
@@ -85,12 +90,13 @@ def test_the_mesh_splits_what_it_should(mesh: str) -> None:
     used = {axis for spec in plan.specs.values() for axes in spec for axis in axes}
     for axis in ("fsdp", "tensor"):
         assert axis in used
-    assert plan.batch_shards == sizes["data"] * sizes["fsdp"]
+    assert ("expert" in used) == (sizes["expert"] > 1)
+    assert plan.batch_shards == sizes["data"] * sizes["fsdp"] * sizes["expert"]
     embedding = next(row for row in plan.table if row.name == "model.embed_tokens.weight")
     assert embedding.size[0] == small.VOCAB
     assert embedding.padded_size[0] == -(-small.VOCAB // sizes["tensor"]) * sizes["tensor"]
     kept = by_rules(plan, ORDERS["permuted"], embedding.padded_size, plan.specs[embedding.name])
-    assert len(set(kept.values())) == sizes["fsdp"] * sizes["tensor"]
+    assert len(set(kept.values())) == sizes["fsdp"] * sizes["expert"] * sizes["tensor"]
 
 
 @pytest.mark.parametrize("mesh", MESHES)

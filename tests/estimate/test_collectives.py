@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.config.samples import MIXTRAL
 from tests.estimate.workloads import small_plan, small_work
 from tptrain.estimate.collectives import Collective, collectives
 from tptrain.estimate.workload import workload_of
@@ -134,3 +135,31 @@ def test_an_exchange_between_slices_is_not_thinned_out_before() -> None:
 
 def test_every_axis_is_one_of_the_mesh() -> None:
     assert {axis for _, axis, _, _ in _found()} <= set(AXES)
+
+
+MIXTRAL_ON_A_MESH = (*MIXTRAL, "topology=cpu-8", "mesh.fsdp=2", "mesh.expert=2", "mesh.tensor=2")
+
+
+def test_tokens_go_to_the_experts_and_weights_to_the_tokens() -> None:
+    """48 rows over fsdp=2 x expert=2; six experts of width 176, two of which each token goes to."""
+    found = _bytes(_found(*MIXTRAL_ON_A_MESH))
+    # Over expert, 3 layers: what two devices have of the stream, half of which comes from the other.
+    for kind, what, times in (
+        ("all-gather", "forward", 1), ("reduce-scatter", "forward", 1),
+        ("all-gather", "backward", 2), ("reduce-scatter", "backward", 1),
+    ):  # fmt: skip
+        key = (kind, "expert", "ICI", f"tokens of experts, {what}")
+        assert found[key] == 3 * times * 1 / 2 * 2 * STREAM
+    # Attention and router are collected over both axes, expert first; experts over fsdp alone.
+    dense = (2 * 96 * 96 + 2 * 48 * 96) // 2 + 6 * 96
+    experts = 3 * (3 * 176 * 96) // 2
+    what = "weights: layers, forward"
+    assert found["all-gather", "fsdp", "ICI", what] == 1 / 2 * 3 * (dense + experts) * 2
+    assert found["all-gather", "expert", "ICI", what] == 1 / 2 * 3 * dense / 2 * 2
+    # No one sums gradients of experts over the axis that splits them: norms alone are left.
+    assert found["all-reduce", "expert", "ICI", "gradients"] == 2 * 1 / 2 * NORMS * 2
+
+
+def test_without_an_expert_axis_tokens_stay() -> None:
+    found = _found(*MIXTRAL, "topology=cpu-8", "mesh.fsdp=4", "mesh.tensor=2")
+    assert not any("tokens of experts" in key[3] or key[1] == "expert" for key in found)

@@ -17,7 +17,16 @@ ROOT = Path(__file__).parents[2]
 _RECIPE = ROOT / "recipes" / "llama3_8b_gsm8k.py"
 
 # The fields in which the others differ from Llama 3 8B, whose config the recipe has: Llama 3.2 1B and 3B,
-# Llama 3 70B and Llama 3.1 405B.
+# Llama 3 70B and Llama 3.1 405B; Mixtral 8x7B and Qwen3 30B-A3B, and for each a dense model in which a token
+# meets as many parameters.
+_QWEN3 = {
+    "vocab_size": 151_936,
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "rope_theta": 1_000_000.0,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "8b": {},
     "1b": {
@@ -46,6 +55,26 @@ MODELS: dict[str, dict[str, Any]] = {
         "intermediate_size": 53_248,
         "num_hidden_layers": 126,
         "num_attention_heads": 128,
+    },
+    "8x7b": {
+        "model_type": "mixtral",
+        "architectures": '["MixtralForCausalLM"]',
+        "vocab_size": 32_000,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 32_768,
+    },
+    "8x7b-active": {"vocab_size": 32_000, "intermediate_size": 2 * 14_336},
+    "30b-a3b": {
+        **{"model_type": "qwen3_moe", "architectures": '["Qwen3MoeForCausalLM"]'},
+        **_QWEN3,
+        **{"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+        "norm_topk_prob": "true",
+    },
+    "30b-a3b-active": {
+        **{"model_type": "qwen3", "architectures": '["Qwen3ForCausalLM"]'},
+        **_QWEN3,
+        "intermediate_size": 8 * 768,
     },
 }
 

@@ -3,6 +3,7 @@
     python tools/bench/tpu_program.py --row 0 --libtpu path/to/libtpu-0.0.52
     python tools/bench/tpu_program.py --topology v6e-16 --seq 8192 --rows 1 --remat full
     python tools/bench/tpu_program.py --row 3 --flags=auto
+    python tools/bench/tpu_program.py --model 30b-a3b --flags=auto --set mesh.expert=4
 
 One program per call, a minute or two on 2 cores. The rows are MaxText's (snapshot 2026-08): Llama-3-8B,
 float32 masters and AdamW moments, bfloat16 compute, flash attention, scan, fsdp over all chips, jax 0.10.2,
@@ -84,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None, about: str | None = __doc__) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", type=int, choices=range(len(ROWS)), help="a row of MaxText's, from 0")
+    parser.add_argument("--model", default="8b", help="one of tools/bench/tpu_plans.py")
     parser.add_argument("--topology", default="v5p-32")
     parser.add_argument("--seq", type=int, default=2048, help="tokens of a row")
     parser.add_argument("--rows", type=int, default=1, help="rows per chip")
@@ -110,11 +112,12 @@ def plan_for(args: argparse.Namespace) -> Plan:
     from tools.bench.tpu_plans import Case, plan_of
 
     flags = f"compiler.tpu_flags={args.flags or 'default'}"
-    return plan_of(Case("8b", args.topology, args.seq, args.rows, args.remat, (flags, *args.set)))
+    return plan_of(Case(args.model, args.topology, args.seq, args.rows, args.remat, (flags, *args.set)))
 
 
 def shape_of(args: argparse.Namespace) -> dict[str, Any]:
     return {
+        "model": args.model,
         "topology": args.topology,
         "seq": args.seq,
         "rows_per_chip": args.rows,

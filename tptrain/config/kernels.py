@@ -1,13 +1,21 @@
-"""Which attention a plan runs, and the tiles of its kernel: decided here, before anything is compiled."""
+"""Which attention a plan runs, with the tiles of its kernel, and how it computes the products of experts.
+
+Both are decided here, before anything is compiled.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from tptrain.config.schema import KernelsSection, Recipe
 from tptrain.config.settings import settings, shown, value_of
 from tptrain.errors import Problem
+from tptrain.family import ModelFacts
 from tptrain.topology import Topology
+
+# How the products of experts are computed: those of the tokens that chose them, or of all tokens.
+ExpertsCore = Literal["grouped", "plain"]
 
 # A TPU's vector registers are so wide, and the kernel lays tokens out along them.
 LANES = 128
@@ -57,7 +65,7 @@ def choose_attention(recipe: Recipe, topology: Topology) -> ChosenAttention:
     on CPUs and with plain PyTorch, where nobody expects it.
     """
     asked = recipe.kernels.attention
-    place, rows = _place_problems(recipe, topology), _row_problems(recipe)
+    place, rows = _place_problems("kernels.attention", asked, recipe, topology), _row_problems(recipe)
     if asked == "plain" or (asked == "auto" and place):
         return ChosenAttention(None, notices=_idle_tiles(recipe))
     if asked == "auto" and rows:
@@ -68,14 +76,34 @@ def choose_attention(recipe: Recipe, topology: Topology) -> ChosenAttention:
     return ChosenAttention(None if problems else _blocks(recipe), tuple(problems))
 
 
-def _place_problems(recipe: Recipe, topology: Topology) -> list[Problem]:
-    asked, fix = recipe.kernels.attention, "auto or plain"
+@dataclass(frozen=True)
+class ChosenExperts:
+    """How a plan computes the products of experts; core: None for a model without."""
+
+    core: ExpertsCore | None
+    problems: tuple[Problem, ...] = ()
+    notices: tuple[str, ...] = ()
+
+
+def choose_experts(recipe: Recipe, topology: Topology, facts: ModelFacts) -> ChosenExperts:
+    """Grouped products where the run is on TPUs, plain ones otherwise."""
+    asked = recipe.kernels.experts
+    if facts.experts is None:
+        idle = f"kernels.experts={asked} has no effect: the model has no experts."
+        return ChosenExperts(None, notices=() if asked == "auto" else (idle,))
+    place = _place_problems("kernels.experts", asked, recipe, topology)
+    if asked == "plain" or (asked == "auto" and place):
+        return ChosenExperts("plain")
+    return ChosenExperts("grouped", tuple(place))
+
+
+def _place_problems(setting: str, asked: str, recipe: Recipe, topology: Topology) -> list[Problem]:
+    """What stands against a kernel for TPUs."""
+    fix = "auto or plain"
     if recipe.backend != "xla":
-        other = f"backend={recipe.backend}"
-        return [Problem("kernels.attention", asked, "needs the XLA backend", other, fix)]
+        return [Problem(setting, asked, "needs the XLA backend", f"backend={recipe.backend}", fix)]
     if topology.chip.platform != "tpu":
-        rule, other = "is a kernel for TPUs", f"topology={topology.name}"
-        return [Problem("kernels.attention", asked, rule, other, fix)]
+        return [Problem(setting, asked, "is a kernel for TPUs", f"topology={topology.name}", fix)]
     return []
 
 

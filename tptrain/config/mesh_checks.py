@@ -16,7 +16,7 @@ from tptrain.mesh.rules import split_count
 from tptrain.topology import Topology
 
 # Axes that exist in the mesh but have nothing behind them yet.
-_UNSUPPORTED = {"context": "context parallelism", "expert": "expert parallelism"}
+_UNSUPPORTED = {"context": "context parallelism"}
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,10 @@ def choose_mesh(section: MeshSection, topology: Topology) -> ChosenMesh:
     ici, problems = fill_axes(asked, topology.devices_per_slice, "mesh.{}", total_name)
     dcn, dcn_problems = fill_axes(asked_dcn, topology.num_slices, "mesh.dcn_{}", f"slices of {topology.name}")
     complete = not problems and not dcn_problems
+    supported = ", ".join(axis for axis in AXES if axis not in _UNSUPPORTED)
     for axis, what in _UNSUPPORTED.items():
         if ici[axis] > 1:
-            rule, other = f"must be 1: {what} is not yet supported", "supported axes: data, fsdp, tensor"
+            rule, other = f"must be 1: {what} is not yet supported", f"supported axes: {supported}"
             problems.append(Problem(f"mesh.{axis}", _said(asked[axis], ici[axis]), rule, other, "1"))
     shape = MeshShape(
         ici=tuple(max(ici[axis], 1) for axis in AXES),
@@ -77,6 +78,9 @@ def sharding_problems(case: ShardingCase, table: Sequence[ParamRow]) -> list[Pro
     sizes = case.mesh.axis_sizes
     found = table_problems(table, case.rules, sizes)
     problems = [p for p in found if p.setting.removeprefix("mesh.") not in _UNSUPPORTED]
+    if sizes["expert"] > 1 and case.facts.experts is None:
+        # What else the axis does not divide follows from it.
+        return [*problems, _no_experts(case)]
     for dim, (name, count) in case.facts.dim_units().items():
         axes = [axis for axis in case.rules.params[dim] or () if sizes[axis] > 1]
         if axes and count % split_count(axes, sizes):
@@ -85,13 +89,19 @@ def sharding_problems(case: ShardingCase, table: Sequence[ParamRow]) -> list[Pro
     return problems
 
 
+def _no_experts(case: ShardingCase) -> Problem:
+    asked = _said(case.section.expert, case.mesh.axis_sizes["expert"])
+    other = f"model.config.model_type={case.facts.family}"
+    return Problem("mesh.expert", asked, "must be 1: the model has no experts to split", other, "1")
+
+
 def _indivisible(case: ShardingCase, axis: str, rule: str, other: str) -> Problem:
     """The problem of an axis that does not divide; the sizes it names pass every rule of that axis."""
     asked, ici = getattr(case.section, axis), case.mesh.ici[AXES.index(axis)]
     # An axis over DCN counts once per slice as well.
     slices = case.mesh.axis_sizes[axis] // ici
     units = _common_units(case, axis)
-    divides = [d for d in range(1, units + 1) if units % (d * slices) == 0]
+    divides = [d for d in range(1, units + 1) if units % (d * slices) == 0 and _divides(case, axis, d)]
     fits = _fitting(case, axis, divides)
     fix = _listed(fits or divides or [1])
     if asked == -1 and fits:
@@ -103,6 +113,22 @@ def _common_units(case: ShardingCase, axis: str) -> int:
     """The largest number of pieces that every dim split by `axis` allows."""
     units = case.facts.dim_units().items()
     return math.gcd(*(count for dim, (_, count) in units if axis in (case.rules.params[dim] or ())))
+
+
+def _divides(case: ShardingCase, axis: str, size: int) -> bool:
+    """Whether every dim that `axis` splits divides with this ICI size of it, beside the dim's other axes.
+
+    An axis that takes what the others leave takes less or more then.
+    """
+    index = AXES.index(axis)
+    asked = [getattr(case.section, name) for name in AXES]
+    ici = [*case.mesh.ici[:index], size, *case.mesh.ici[index + 1 :]]
+    filled = asked.index(-1) if -1 in asked else index
+    if filled != index:
+        ici[filled] = max(case.devices // math.prod(s for i, s in enumerate(ici) if i != filled), 1)
+    sizes = MeshShape(tuple(ici), case.mesh.dcn).axis_sizes
+    splits = [(count, case.rules.params[dim] or ()) for dim, (_, count) in case.facts.dim_units().items()]
+    return all(count % split_count(axes, sizes) == 0 for count, axes in splits if axis in axes)
 
 
 def _fitting(case: ShardingCase, axis: str, sizes: Iterable[int]) -> list[int]:

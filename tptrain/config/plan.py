@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from tptrain.config.compiler_flags import chosen_flags
-from tptrain.config.kernels import SplashBlocks
+from tptrain.config.kernels import ExpertsCore, SplashBlocks
 from tptrain.config.loss_chunks import chunk_tokens
 from tptrain.config.remat import offloaded
 from tptrain.config.schema import Recipe
@@ -28,6 +28,7 @@ class Plan:
     table:       the parameter table, `vocab` padded for this mesh.
     specs:       row name -> spec, in mesh axis names.
     splash:      the tiles of splash attention, None where plain attention runs.
+    experts:     how the products of experts are computed, None for a model without experts.
     micro_rows:  rows per micro-batch over all devices: batch_rows / accumulation.
     output_dir:  the run's folder. export_dir: the exported model's, None when nothing is exported.
     notices:     sentences about settings that work out in a way the user may want to know.
@@ -42,6 +43,7 @@ class Plan:
     table: tuple[ParamRow, ...]
     specs: Mapping[str, Spec]
     splash: SplashBlocks | None
+    experts: ExpertsCore | None
     micro_rows: int
     output_dir: str
     export_dir: str | None
@@ -54,8 +56,7 @@ class Plan:
     @property
     def batch_shards(self) -> int:
         """Into how many parts the rows of a micro-batch are split."""
-        sizes = self.mesh.axis_sizes
-        return sizes["data"] * sizes["fsdp"]
+        return split_count(self.rules.acts["act_batch"] or (), self.mesh.axis_sizes)
 
     @cached_property
     def parts(self) -> Mapping[str, StatePart]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tptrain.config.kernels import ChosenAttention, choose_attention
+from tptrain.config.kernels import ChosenAttention, ChosenExperts, choose_attention, choose_experts
 from tptrain.config.loss_chunks import chunk_notices, chunk_problems
 from tptrain.config.mesh_checks import (
     ChosenMesh,
@@ -56,6 +56,7 @@ class Parts:
     mesh: ChosenMesh | None
     rules: RuleTable | None
     attention: ChosenAttention | None
+    experts: ChosenExperts | None
     problems: tuple[Problem, ...]
 
 
@@ -74,7 +75,10 @@ def parts_of(recipe: Recipe, topology: Topology | None, at_hand: ConfigsAtHand |
         *rules_problems,
         *(attention.problems if attention else ()),
     ]
-    facts = model.facts if model else None
+    facts, experts = model.facts if model else None, None
+    if facts and topology:
+        experts = choose_experts(recipe, topology, facts)
+        problems += experts.problems
     if facts:
         problems += facts_problems(recipe, facts)
         problems += trainable_problems(recipe, parameter_table(facts))
@@ -84,7 +88,7 @@ def parts_of(recipe: Recipe, topology: Topology | None, at_hand: ConfigsAtHand |
             problems += sharding_problems(case, parameter_table(facts))
         if mesh.complete:
             problems += batch_problems(recipe, rules, mesh.shape)
-    return Parts(recipe, topology, model, mesh, rules, attention, tuple(problems))
+    return Parts(recipe, topology, model, mesh, rules, attention, experts, tuple(problems))
 
 
 def _backend_problems(recipe: Recipe, topology: Topology | None) -> list[Problem]:
@@ -100,9 +104,13 @@ def finish(parts: Parts) -> Plan:
     """The plan, now that nothing stands before it. Raises ProblemsError otherwise."""
     raise_if_any(parts.problems)
     recipe, topology, model, mesh, rules = parts.recipe, parts.topology, parts.model, parts.mesh, parts.rules
-    attention = parts.attention
+    attention, experts = parts.attention, parts.experts
     assert topology and mesh and rules and attention, "every part is there when there are no problems"
+    assert experts
     assert model and model.facts and model.config
+    if mesh.shape.axis_sizes["expert"] == 1:
+        # So that the specs of a model without experts read as if there were none.
+        rules = rules.without("expert")
     master = recipe.precision.master
     padded = padded_table(parameter_table(model.facts), rules, mesh.shape.axis_sizes, master)
     table = with_frozen(padded, recipe.model.trainable)
@@ -116,12 +124,14 @@ def finish(parts: Parts) -> Plan:
         table=table,
         specs=param_specs(table, rules),
         splash=attention.blocks,
+        experts=experts.core,
         micro_rows=recipe.data.batch_rows // recipe.optim.accumulation,
         output_dir=recipe.run_folder,
         export_dir=_export_dir(recipe),
         notices=(
             *model.notices,
             *attention.notices,
+            *experts.notices,
             *offload_notices(recipe, topology),
             *idle_notices(recipe, topology),
         ),

@@ -74,7 +74,7 @@ class MeshSection:
     fsdp: int = -1
     """Devices that split every parameter and the batch, within a slice."""
     expert: int = 1
-    """Devices that split the experts of a mixture (1 until mixtures are supported)."""
+    """Devices that split the experts of a mixture; everything else they split like fsdp."""
     context: int = 1
     """Devices that split the tokens of a row (1: not yet supported)."""
     tensor: int = 1
@@ -166,6 +166,9 @@ class KernelsSection:
     attention: Literal["auto", "splash", "plain"] = "auto"
     """splash: JAX's Pallas kernel, on TPUs with backend=xla; plain: one operation after the other, with every
     score in memory; auto: splash where it runs and takes the shapes."""
+    experts: Literal["auto", "grouped", "plain"] = "auto"
+    """grouped: of each expert of a mixture the products with its own tokens, by JAX's Pallas kernels, on TPUs
+    with backend=xla; plain: with all tokens; auto: grouped where it runs."""
     splash_block_q: int = -1
     """Queries in a tile of the splash kernel, a multiple of 128 that divides data.seq_len; -1: the largest up
     to 512."""

@@ -21,13 +21,16 @@ _HEADS = (*_TOKENS, "act_heads", "act_head_dim")
 _KV_HEADS = (*_TOKENS, "act_kv_heads", "act_head_dim")
 _SCORES = ("act_batch", "act_kv_heads", "act_group", "act_tokens", "act_keys")
 _MLP = (*_TOKENS, "act_mlp")
+_EXPERT_MLP = ("act_expert_rows", "act_expert_mlp")
 
 
 @dataclass(frozen=True)
 class Activation:
     """One activation of a layer.
 
-    block: which half of the layer computes it. core: the attention core it belongs to; None: both.
+    block: which half of the layer computes it.
+    core:  the one it belongs to, of attention ("plain", "splash") or of the MLP: experts with rows sorted by
+           them ("grouped"), or an MLP and experts without ("ungrouped"). None: all.
     dtype: its format; None: the compute format.
     """
 
@@ -50,16 +53,27 @@ LAYER = (
     Activation("attended", _HEADS, "attention"),
     Activation("after_attention", _STREAM, "attention"),
     Activation("mlp_input", _STREAM, "mlp"),
-    Activation("gate", _MLP, "mlp"),
-    Activation("up", _MLP, "mlp"),
-    Activation("mlp_hidden", _MLP, "mlp"),
+    Activation("gate", _MLP, "mlp", "ungrouped"),
+    Activation("up", _MLP, "mlp", "ungrouped"),
+    Activation("mlp_hidden", _MLP, "mlp", "ungrouped"),
+    Activation("expert_choices", (*_TOKENS, "act_choices"), "mlp", "grouped", "int32"),
+    Activation("expert_rows", ("act_expert_rows", "act_embed"), "mlp", "grouped"),
+    Activation("expert_gate", _EXPERT_MLP, "mlp", "grouped"),
+    Activation("expert_up", _EXPERT_MLP, "mlp", "grouped"),
+    Activation("expert_hidden", _EXPERT_MLP, "mlp", "grouped"),
 )
 
 
 def layer_activations(work: Workload) -> list[Activation]:
-    """The activations that a layer has with this attention core."""
-    return [activation for activation in LAYER if activation.core in (None, work.attention)]
+    """The activations that a layer has with this attention core and this core of its MLP.
 
+    Where some layers have experts and some have none, all are counted as if they had.
+    """
+    cores = (None, work.attention, "grouped" if work.experts == "grouped" else "ungrouped")
+    return [activation for activation in LAYER if activation.core in cores]
+
+
+_WIDTHS = {**DTYPE_BYTES, "int32": 4}
 
 # A TPU's memory holds the last dim of an array in tiles of so many numbers.
 _LANES = 128
@@ -71,8 +85,9 @@ def act_sizes(work: Workload) -> dict[str, int]:
     A kernel reads and writes heads with their own dim last, which memory then pads to whole tiles: with a
     head dim of 64 half of it is padding. Other programs let the compiler choose another dim.
     """
-    facts = work.facts
-    head = work.head
+    facts, head = work.facts, work.head
+    experts = facts.experts
+    chosen = experts.num_experts_per_tok if experts else 0
     lanes = _LANES if work.attention == "splash" else 1
     return {
         "act_batch": work.rows,
@@ -84,6 +99,10 @@ def act_sizes(work: Workload) -> dict[str, int]:
         "act_group": facts.num_attention_heads // facts.num_key_value_heads,
         "act_head_dim": -(-facts.head_dim // lanes) * lanes,
         "act_mlp": mlp_size(facts),
+        "act_choices": chosen,
+        # Of all tokens that a device collects, not of its own experts alone: shapes do not know the routing.
+        "act_expert_rows": work.rows * work.tokens * chosen * split_count(work.expert_axes, work.axis_sizes),
+        "act_expert_mlp": experts.intermediate_size if experts else 0,
         "act_vocab": head.padded_size[head.dims.index("vocab")],
     }
 
@@ -105,7 +124,7 @@ def device_elements(dims: tuple[str, ...], work: Workload) -> int:
 
 def device_bytes(activation: Activation, work: Workload) -> int:
     """Bytes of one layer's activation on one device."""
-    width = DTYPE_BYTES[activation.dtype] if activation.dtype else work.compute_bytes
+    width = _WIDTHS[activation.dtype] if activation.dtype else work.compute_bytes
     return device_elements(activation.dims, work) * width
 
 

@@ -111,7 +111,8 @@ def layouts(
     """
     now = {path: shown(value_of(recipe, settings()[path])) for path in SEARCHED}
     kept = {path: now[path] for path in held if path in SEARCHED and path != _ROWS and now[path] != _FILL}
-    meshes = _meshes(topology.devices_per_slice)
+    # The expert axis is as in the recipe.
+    meshes = _meshes(topology.devices_per_slice // max(recipe.mesh.expert, 1))
     policies = [
         policy
         for policy in settings()[_REMAT].choices

@@ -93,9 +93,9 @@ def _gathered(rows: Iterable[ParamRow], work: Workload) -> dict[str, tuple[int, 
     """Axis -> (rows that are collected over it, their numbers on a chip when they are)."""
     found: dict[str, tuple[int, int]] = {}
     for row in rows:
-        for axis in work.gather_axes(row):
+        for axis, gathered in work.gathered_over(row).items():
             count, elements = found.get(axis, (0, 0))
-            found[axis] = (count + 1, elements + work.gathered_elements(row))
+            found[axis] = (count + 1, elements + gathered)
     return found
 
 
@@ -105,8 +105,8 @@ def _gradients(work: Workload) -> Iterator[_Wanted]:
     trained = [row for row in work.table if row.trainable]
     for axis in batch:
         split = [row for row in trained if axis in work.gather_axes(row) and _is_collected(row, work)]
-        whole = [row for row in trained if axis not in work.gather_axes(row)]
-        scattered = sum(work.gathered_elements(row) for row in split)
+        whole = [row for row in trained if axis not in work.split_axes(row)]
+        scattered = sum(work.gathered_over(row)[axis] for row in split)
         summed = sum(work.local_elements(row) for row in whole)
         times, width = work.micro_batches, work.compute_bytes * work.micro_batches
         yield _Wanted("reduce-scatter", axis, "gradients", len(split) * times, scattered * width)
@@ -127,6 +127,7 @@ def _activations(work: Workload) -> Iterator[_Wanted]:
     for axis in work.gather_axes(work.embedding):
         count = (2 if work.embedding.trainable else 1) * work.micro_batches
         yield _Wanted("all-to-all", axis, "activations: embedding", count, count * stream_bytes(work))
+    yield from _tokens_of_experts(work)
     axes = [axis for axis in work.rules.acts["act_mlp"] or () if work.axis_sizes[axis] > 1]
     uses: Mapping[str, int] = {
         "embedding, and layers forward": 1 + 2 * forward,
@@ -137,3 +138,25 @@ def _activations(work: Workload) -> Iterator[_Wanted]:
         for what, times in uses.items():
             count = times * work.micro_batches
             yield _Wanted("all-reduce", axis, f"activations: {what}", count, count * stream_bytes(work))
+
+
+def _tokens_of_experts(work: Workload) -> Iterator[_Wanted]:
+    """Tokens go to all holders of experts, and parts of their results come back; so do gradients.
+
+    In the backward pass tokens are collected again. What the router says of them is left out: a few numbers
+    for each.
+    """
+    first = work.runs.first_back
+    layers = [layer for layer, kind in enumerate(work.facts.layer_kinds) if kind.has_experts]
+    back = sum(layer >= first for layer in layers)
+    for axis in work.expert_axes:
+        size = work.axis_sizes[axis] * stream_bytes(work)
+        uses: tuple[tuple[Kind, str, int], ...] = (
+            ("all-gather", "tokens of experts, forward", len(layers)),
+            ("reduce-scatter", "tokens of experts, forward", len(layers)),
+            ("all-gather", "tokens of experts, backward", 2 * back),
+            ("reduce-scatter", "tokens of experts, backward", back),
+        )
+        for kind, what, times in uses:
+            count = times * work.micro_batches
+            yield _Wanted(kind, axis, what, count, count * size)

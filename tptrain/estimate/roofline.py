@@ -28,6 +28,7 @@ _MAKES = {
     "o_proj": "after_attention",
     "gate_proj": "gate",
     "up_proj": "up",
+    "gate": "router_logits",  # which no policy keeps
 }
 
 

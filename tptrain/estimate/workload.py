@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from tptrain.config.kernels import ExpertsCore
 from tptrain.config.plan import Plan
 from tptrain.config.state_parts import PARAMS
 from tptrain.family import LayerRuns, ModelFacts, ParamRow, layer_of, layer_runs, stored_rows
@@ -45,6 +46,8 @@ class Workload:
     remat:             name of the remat policy. offloaded: what of it waits in the host's memory.
     attention:         "plain" keeps the scores of every pair of tokens in memory, "splash" never does.
     query_gradient_parts: how many copies of the queries' gradient a fused backward kernel writes; 0: no such.
+    experts:           "grouped" computes rows of tokens and their experts, "plain" one expert after the other
+                       for all tokens; None for a model without experts.
     loss_chunk_tokens: tokens of every row whose logits exist at a time, the gradients being made along with
                        the loss; None for a loss that automatic differentiation takes of all logits at once.
     """
@@ -63,6 +66,7 @@ class Workload:
     offloaded: frozenset[str] = frozenset()
     attention: Attention = "plain"
     query_gradient_parts: int = 0
+    experts: ExpertsCore | None = None
     loss_chunk_tokens: int | None = None
 
     @property
@@ -142,14 +146,31 @@ class Workload:
             return row.num_elements
         return row.num_elements * experts.num_experts_per_tok // experts.num_experts
 
+    @property
+    def expert_axes(self) -> list[str]:
+        """The axes of size above 1 that split the experts."""
+        return [axis for axis in self.rules.params["experts"] or () if self.axis_sizes[axis] > 1]
+
     def split_axes(self, row: ParamRow) -> list[str]:
         """The axes of size above 1 that split a row."""
         return [axis for axes in self.specs[row.name] for axis in axes if self.axis_sizes[axis] > 1]
 
     def gather_axes(self, row: ParamRow) -> list[str]:
-        """Those of them that split the batch, too: the row is collected over them before it is used."""
+        """Those of them that split the batch, too: the row is collected over them before it is used.
+
+        Not over those that split experts: there the tokens are collected.
+        """
         batch = self.rules.acts["act_batch"] or ()
-        return [axis for axis in self.split_axes(row) if axis in batch]
+        apart = self.expert_axes if row.is_in_slices else []
+        return [axis for axis in self.split_axes(row) if axis in batch and axis not in apart]
+
+    def gathered_over(self, row: ParamRow) -> dict[str, int]:
+        """Axis that a row is collected over -> its numbers that a device has then; inner axes come first."""
+        elements, found = self.local_elements(row), {}
+        for axis in reversed(self.gather_axes(row)):
+            elements *= self.axis_sizes[axis]
+            found[axis] = elements
+        return found
 
     def local_elements(self, row: ParamRow) -> int:
         """Numbers of a row that one device keeps."""
@@ -183,6 +204,7 @@ def workload_of(plan: Plan) -> Workload:
         offloaded=plan.offloaded,
         attention="splash" if plan.splash else "plain",
         query_gradient_parts=_query_gradient_parts(plan),
+        experts=plan.experts,
         loss_chunk_tokens=plan.loss_chunk_tokens,
     )
 

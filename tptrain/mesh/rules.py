@@ -21,12 +21,15 @@ Spec = tuple[tuple[str, ...], ...]
 Rule = tuple[str, ...] | None
 
 _BATCH_RULES: dict[str, Rule] = {
-    "act_batch": ("data", "fsdp"),
+    "act_batch": ("data", "fsdp", "expert"),
     "act_tokens": None,
     "act_keys": None,
     "act_group": None,
     "act_embed": None,
     "act_head_dim": None,
+    "act_choices": None,
+    # Rows of a token and one of its experts: each device has those of the experts that it holds.
+    "act_expert_rows": ("data", "fsdp", "expert"),
 }
 
 
@@ -38,14 +41,24 @@ class RuleTable:
     params: Mapping[str, Rule]
     acts: Mapping[str, Rule]
 
+    def without(self, axis: str) -> RuleTable:
+        """The same rules for a mesh in which this axis splits nothing."""
+
+        def kept(rules: Mapping[str, Rule]) -> dict[str, Rule]:
+            left = {dim: tuple(a for a in axes or () if a != axis) for dim, axes in rules.items()}
+            return {dim: axes or None for dim, axes in left.items()}
+
+        return RuleTable(self.name, kept(self.params), kept(self.acts))
+
 
 STYLES = {
-    # Parameters split over `fsdp` alone; activations over the batch.
+    # Parameters split over `fsdp`, and over `expert`, which splits experts by their number and all else like
+    # `fsdp`; activations over the batch.
     "fsdp": RuleTable(
         "fsdp",
         params={
             "vocab": None,
-            "embed": ("fsdp",),
+            "embed": ("fsdp", "expert"),
             "heads": None,
             "kv_heads": None,
             "mlp": None,
@@ -56,14 +69,21 @@ STYLES = {
             "expert_mlp": None,
             "expert_embed": ("fsdp",),
         },
-        acts={**_BATCH_RULES, "act_heads": None, "act_kv_heads": None, "act_mlp": None, "act_vocab": None},
+        acts={
+            **_BATCH_RULES,
+            "act_heads": None,
+            "act_kv_heads": None,
+            "act_mlp": None,
+            "act_expert_mlp": None,
+            "act_vocab": None,
+        },
     ),
     # The same, with heads, MLP and vocabulary split over `tensor` (Megatron-LM, arXiv:1909.08053).
     "fsdp+tensor": RuleTable(
         "fsdp+tensor",
         params={
             "vocab": ("tensor",),
-            "embed": ("fsdp",),
+            "embed": ("fsdp", "expert"),
             "heads": ("tensor",),
             "kv_heads": ("tensor",),
             "mlp": ("tensor",),
@@ -79,6 +99,7 @@ STYLES = {
             "act_heads": ("tensor",),
             "act_kv_heads": ("tensor",),
             "act_mlp": ("tensor",),
+            "act_expert_mlp": ("tensor",),
             "act_vocab": ("tensor",),
         },
     ),

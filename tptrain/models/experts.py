@@ -151,6 +151,10 @@ class MixtureOfExperts(nn.Module):
         logits = self.gate(x)
         probabilities = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
         choices = probabilities.detach().topk(self.facts.num_experts_per_tok, dim=-1).indices
+        # What is kept of a layer's products is in the order of these, so they are kept with them.
+        choices = self.marks(
+            choices.to(torch.int32), "expert_choices", "act_batch", "act_tokens", "act_choices"
+        )
         chosen = choices[..., None] == torch.arange(self.facts.num_experts, device=x.device)
         # Picked by comparison: a gather's gradient is a scatter, which devices could not do each by itself.
         weights = torch.where(chosen, probabilities[..., None, :], 0).sum(-1)

@@ -19,6 +19,11 @@ from tptrain.report.param_lines import ParamLine, param_lines, row_device_bytes
 # Runs of layers that are listed one by one.
 _MOST_RUNS = 6
 
+_EXPERTS = {
+    "grouped": "grouped products, those of the tokens that chose them",
+    "plain": "plain, products with all tokens",
+}
+
 
 def num_parameters(plan: Plan) -> int:
     """Numbers of the model, trained or frozen, padding not counted."""
@@ -72,6 +77,7 @@ def run_sentences(plan: Plan) -> list[str]:
         f"Step: {rows} rows x {recipe.data.seq_len} = {tokens:,} tokens{split}; {per_device}"
         f" {'row' if per_device == 1 else 'rows'} at a time on each device.",
         f"Attention: {_attention(plan)}.",
+        *([f"Experts: {_EXPERTS[plan.experts]}."] if plan.experts else []),
         _loss_sentence(plan),
         *_compiler_sentence(plan),
         f"Schedule: {_length(plan)}, peak learning rate {shown(recipe.optim.learning_rate)},"
@@ -215,6 +221,7 @@ def plan_json(plan: Plan, found: Estimate | None = None) -> dict[str, Any]:
         "facts": dataclasses.asdict(plan.facts),
         "hf_config": dict(plan.hf_config),
         "attention": "splash" if plan.splash else "plain",
+        "experts": plan.experts,
         "splash_blocks": dataclasses.asdict(plan.splash) if plan.splash else None,
         "tpu_flags": plan.tpu_flags if plan.topology.chip.platform == "tpu" else {},
         "micro_rows": plan.micro_rows,

@@ -23,6 +23,7 @@ from tptrain.backends.base import (
 )
 from tptrain.backends.shards import read_buffer_shards
 from tptrain.backends.xla.capture import CapturedStep, compile_count
+from tptrain.backends.xla.experts import ExpertsKernel
 from tptrain.backends.xla.jax_call import traced_call
 from tptrain.backends.xla.passes import apply_passes
 from tptrain.backends.xla.sharding import DeviceMesh
@@ -68,6 +69,7 @@ class XlaBackend:
             plan.recipe.remat.policy,
             plan.offloaded,
             splash,
+            ExpertsKernel(self.mesh, plan.rules) if plan.experts == "grouped" else None,
             products_are_cut_up=cuts_products_up(plan.tpu_flags),
         )
         return decoder

@@ -1,4 +1,4 @@
-"""What the XLA backend does to a decoder from outside, in this order: remat, shard, write, attention, scan.
+"""What the XLA backend does to a decoder from outside: remat, shard, write, attention, experts, scan.
 
 Scanned are the layers, and the chunks of the loss.
 
@@ -16,6 +16,7 @@ from torch import nn
 from torch.func import functional_call
 
 from tptrain.backends.base import Layout, Tensors
+from tptrain.backends.xla.experts import ExpertsKernel, GroupedExperts
 from tptrain.backends.xla.scan import Keeper, scan_caches, scan_layers, scan_parts
 from tptrain.backends.xla.sharding import DeviceMesh
 from tptrain.backends.xla.splash import SplashKernel, splash_core
@@ -43,6 +44,7 @@ def apply_passes(
     remat: str,
     offloaded: frozenset[str] = frozenset(),
     splash: SplashKernel | None = None,
+    experts: ExpertsKernel | None = None,
     products_are_cut_up: bool = True,
 ) -> None:
     """Turn a decoder on `meta` into the one that runs on the mesh, in place.
@@ -50,6 +52,7 @@ def apply_passes(
     runs:      the layers that are scanned together.
     remat:     the remat policy. offloaded: what it keeps in the host's memory on these devices.
     splash:    the attention kernel; None leaves attention as the decoder states it.
+    experts:   the grouped products of experts; None leaves them as the decoder states them.
     products_are_cut_up: whether the compiler may run a product in steps beside the exchange of what it needs.
     """
     keeper = Keeper(KEPT[remat], offloaded)
@@ -64,6 +67,8 @@ def apply_passes(
         )
     if splash is not None:
         decoder.attention_core = splash_core(splash, decoder.marks)
+    if experts is not None:
+        decoder.experts_core = GroupedExperts(experts, decoder.marks, decoder.facts.activation)
     layers = decoder.model.layers
     assert isinstance(layers, nn.ModuleList)
     assert decoder.loss_chunks is not None

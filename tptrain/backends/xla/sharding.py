@@ -70,8 +70,9 @@ class DeviceMesh:
         """
         if math.prod(self.axis_sizes.values()) == 1:
             return x
-        # A clone, because marking changes a tensor in place, and this one may be marked and read elsewhere.
-        return _XLAC._spmd_full_to_shard_shape(self.mark(x.clone(), spec))
+        # Another tensor, because marking changes a tensor in place, and this one may be marked otherwise and
+        # read elsewhere. A clone of a step's argument would still be the argument.
+        return _XLAC._spmd_full_to_shard_shape(self.mark(x.unsqueeze(0).squeeze(0), spec))
 
     def whole(self, piece: torch.Tensor, spec: Spec) -> torch.Tensor:
         """The traced tensor whose pieces, split by `spec`, the devices have computed by themselves."""
