@@ -1,5 +1,7 @@
 """Fine-tune Gemma 2 9B on instructions in the form of Alpaca.
 
+Planned for v5p-32, v6e-32 and v4-64.
+
 For example:
     tptrain dryrun recipes/gemma2_9b_alpaca.py topology=v5p-32
     tptrain train recipes/gemma2_9b_alpaca.py model.pretrained=my/gemma-2-9b data.path=my.jsonl

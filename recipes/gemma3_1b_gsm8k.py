@@ -1,5 +1,7 @@
 """Fine-tune Gemma 3 1B on GSM8K.
 
+Planned for v5e-8, v6e-8, v5p-16 and v4-16.
+
 For example:
     tptrain dryrun recipes/gemma3_1b_gsm8k.py topology=v5e-8
     tptrain train recipes/gemma3_1b_gsm8k.py model.pretrained=my/gemma-3-1b-pt data.path=my.jsonl

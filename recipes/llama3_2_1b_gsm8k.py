@@ -1,5 +1,7 @@
 """Fine-tune Llama-3.2-1B on GSM8K.
 
+Planned for v5e-8, v6e-8, v5p-16 and v4-16.
+
 For example:
     tptrain dryrun recipes/llama3_2_1b_gsm8k.py topology=v5e-8
     tptrain train recipes/llama3_2_1b_gsm8k.py model.pretrained=my/Llama-3.2-1B data.path=my.jsonl

@@ -1,4 +1,7 @@
-"""Fine-tune Llama-3-8B on GSM8K. It plans for any slice; training is for slices of one host so far.
+"""Fine-tune Llama-3-8B on GSM8K.
+
+Planned for v5p-32, v6e-16, v4-32 and 2xv5p-32. It plans for any slice; training is for slices of one
+host so far.
 
 For example:
     tptrain plan recipes/llama3_8b_gsm8k.py topology=v5p-32

@@ -1,5 +1,7 @@
 """Fine-tune OLMo 2 7B on GSM8K.
 
+Planned for v5p-32, v6e-16 and v4-32.
+
 For example:
     tptrain dryrun recipes/olmo2_7b_gsm8k.py topology=v5p-32
     tptrain train recipes/olmo2_7b_gsm8k.py model.pretrained=my/OLMo-2-1124-7B data.path=my.jsonl

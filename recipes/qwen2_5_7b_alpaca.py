@@ -1,5 +1,7 @@
 """Fine-tune Qwen2.5-7B on instructions in the form of Alpaca.
 
+Planned for v5p-32, v6e-16 and v4-32.
+
 For example:
     tptrain dryrun recipes/qwen2_5_7b_alpaca.py topology=v5p-32
     tptrain train recipes/qwen2_5_7b_alpaca.py model.pretrained=my/Qwen2.5-7B data.path=my.jsonl
@@ -27,8 +29,8 @@ CONFIG = {
     "rope_theta": 1000000.0,
     "tie_word_embeddings": False,
     "use_sliding_window": False,
-    "sliding_window": 32768,
-    "max_window_layers": 21,
+    "sliding_window": 131072,
+    "max_window_layers": 28,
 }
 
 RECIPE = Recipe(

@@ -1,5 +1,8 @@
 """Fine-tune Qwen3-8B on conversations.
 
+Planned for v5p-32, v6e-16 and v4-32. Qwen3's own chat template writes earlier answers otherwise than
+the last, so conversations of several turns are dropped, unless one with {% generation %} takes its place.
+
 For example:
     tptrain dryrun recipes/qwen3_8b_chat.py topology=v5p-32
     tptrain train recipes/qwen3_8b_chat.py model.pretrained=my/Qwen3-8B data.path=my.jsonl

@@ -1,7 +1,7 @@
 """What every recipe comes to on the slices it names; `python tests/config/golden_recipes.py` writes it.
 
-tests/golden/recipes/<name>.json, topology -> mesh, batch, attention, loops over layers, bytes of a chip; and
-the parameter table with layers folded, which is the same for all of them.
+tests/golden/recipes/<name>.json, topology -> mesh, batch, steps, attention, loops over layers, bytes of a
+chip by part; and the parameter table with layers folded, which is the same for all of them.
 """
 
 from __future__ import annotations
@@ -43,28 +43,38 @@ def plan_of(name: str, topology: str) -> Plan:
 def golden_text(name: str) -> str:
     """The file of a recipe, one line for each row of the table and for each topology."""
     plans = {topology: plan_of(name, topology) for topology in topologies(name)}
-    first = next(iter(plans.values()))
-    table = {}
-    for line in param_lines(first.table, first.specs, first.mesh.axis_sizes):
-        size = " x ".join(map(str, line.row.size))
-        table[line.name] = f"{size} {' '.join(line.row.dims)} {spec_text(line.spec)}"
-    content = {"topologies": {key: _in_short(plan) for key, plan in plans.items()}, "table": table}
+    tables = [_table(plan) for plan in plans.values()]
+    assert all(table == tables[0] for table in tables), f"{name}: a table for each slice"
+    content = {"topologies": {key: _in_short(plan) for key, plan in plans.items()}, "table": tables[0]}
     return json.dumps(content, indent=1) + "\n"
 
 
+def _table(plan: Plan) -> dict[str, str]:
+    table = {}
+    for line in param_lines(plan.table, plan.specs, plan.mesh.axis_sizes):
+        size = " x ".join(map(str, line.row.size))
+        table[line.name] = f"{size} {' '.join(line.row.dims)} {spec_text(line.spec)}"
+    return table
+
+
 def _in_short(plan: Plan) -> dict[str, Any]:
-    memory = estimate(plan).memory
+    found = estimate(plan)
+    memory, data, schedule = found.memory, plan.recipe.data, plan.recipe.schedule
     runs = [f"{run.layers.start}..{run.layers[-1]} by {run.period}" for run in plan.layer_runs.runs]
     return {
         "mesh": plan.mesh.describe(),
+        "batch": f"{data.batch_rows} rows of {data.seq_len} in micro-batches of {plan.micro_rows}",
         "rows_per_device": plan.device_rows,
-        "tokens_per_step": plan.recipe.data.batch_rows * plan.recipe.data.seq_len,
+        # Of a run by epochs the records decide, which a plan does not read.
+        "steps": schedule.max_steps or f"those of {schedule.epochs} epochs",
         "attention": "splash" if plan.splash else "plain",
         "remat": plan.recipe.remat.policy,
         "loops": ", ".join(runs),
-        "arguments_bytes": memory.argument_bytes,
-        "temporary_bytes": memory.temporary_bytes,
+        "arguments_bytes": dict(memory.arguments),
         "largest_phase": memory.peak.name,
+        "largest_phase_bytes": dict(memory.peak.parts),
+        "total_bytes": memory.total_bytes,
+        "verdict": found.verdict,
     }
 
 

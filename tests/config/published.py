@@ -30,8 +30,8 @@ def _qwen2(sizes: tuple[int, ...], tied: bool) -> dict[str, Any]:
         rope_theta=1000000.0,
         tie_word_embeddings=tied,
         use_sliding_window=False,
-        sliding_window=32768,
-        max_window_layers=21,
+        sliding_window=sizes[6],
+        max_window_layers=sizes[3],
     )
 
 

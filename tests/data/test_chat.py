@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, models, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tests.data.tokenizers_of_all_kinds import (
     byte_level_with_bos,
     byte_level_with_eos,
+    byte_level_with_lines,
     byte_level_without_bos,
     sentencepiece_like,
 )
@@ -104,6 +105,7 @@ TOKENIZERS: dict[str, Callable[[list[str]], PreTrainedTokenizerFast]] = {
     "byte level, BOS": byte_level_with_bos,
     "byte level, spaces outside of offsets": byte_level_without_bos,
     "byte level, EOS appended": byte_level_with_eos,
+    "byte level, lines are tokens": byte_level_with_lines,
     "sentencepiece-like": sentencepiece_like,
 }
 WORDS = [
@@ -113,7 +115,8 @@ WORDS = [
 
 
 def tokenizer_of(form: Form, kind: str = "byte level, BOS", marked: bool = False) -> PreTrainedTokenizerFast:
-    made = TOKENIZERS[kind]([" ".join(WORDS)] * 3)
+    # Two blanks in a row are a token, which shows what becomes of blanks at the edge of a turn.
+    made = TOKENIZERS[kind]([" ".join(WORDS), "then  "] * 3)
     made.add_special_tokens(
         {"additional_special_tokens": [AddedToken(t, special=True) for t in form.special]}
     )
@@ -269,13 +272,46 @@ def test_a_template_that_begins_answers_otherwise_than_it_asks_is_found_out() ->
     assert render_conversation(tokenizer, conversation(1, 1)) == BEGUN_OTHERWISE
 
 
+@pytest.mark.parametrize("spaces", [" ", "  "])
 @pytest.mark.parametrize("marked", [False, True])
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_a_space_before_the_answer_that_joins_its_first_word_is_found_out(kind: str, marked: bool) -> None:
+def test_a_space_before_the_answer_that_joins_its_first_word_is_found_out(
+    kind: str, marked: bool, spaces: str
+) -> None:
     """A server would send the space as a token; offsets alone do not always tell."""
-    tokenizer = tokenizer_of(replace(CHATML, asked="<|im_start|>assistant: "), kind, marked)
+    tokenizer = tokenizer_of(replace(CHATML, asked=f"<|im_start|>assistant:{spaces}"), kind, marked)
     messages = [{"role": "user", "content": "what"}, {"role": "assistant", "content": "makes seven"}]
     assert render_conversation(tokenizer, messages) == BOUNDARY
+
+
+def test_an_unknown_token_across_the_beginning_of_an_answer_is_found_out() -> None:
+    """It is the one that a server sends, but stands for characters of the answer, too."""
+    bpe = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    trainer = trainers.BpeTrainer(special_tokens=["<unk>", "</s>"], show_progress=False)
+    bpe.train_from_iterator(["user assistant it is"], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = Form("{{ m.content }}", "☃", "{{ m.content }}", "", ()).template()
+    messages = [{"role": "user", "content": "it"}, {"role": "assistant", "content": "is"}]
+    assert_exact(tokenizer, messages, "</s>", rendered(tokenizer, messages))
+    messages[1]["content"] = "☂ is"
+    assert render_conversation(tokenizer, messages) == BOUNDARY
+
+
+def test_a_block_may_hold_the_line_behind_its_end() -> None:
+    tokenizer = tokenizer_of(replace(CHATML, end="<|im_end|>" + _LINE, after=""), marked=True)
+    messages = conversation(1, 2)
+    theirs = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    found = rendered(tokenizer, messages)
+    assert found.loss_mask.astype(int).tolist() == theirs["assistant_masks"]
+    assert tokenizer.decode(found.ids[-1:]) == "\n"
+    assert found.loss_mask[-1]
+
+
+def test_a_token_across_the_end_of_a_block_is_found_out() -> None:
+    tokenizer = byte_level_with_bos(["then\n\n"] * 3)
+    tokenizer.chat_template = replace(CHATML, end="<|eos|>" + _LINE).template(marked=True)
+    assert len(tokenizer("\n\n", add_special_tokens=False).input_ids) == 1
+    assert render_conversation(tokenizer, conversation(1, 1)) == BOUNDARY
 
 
 def test_a_block_that_leaves_the_end_of_its_turn_out_is_found_out() -> None:
@@ -314,9 +350,12 @@ def test_why_a_conversation_is_dropped(messages: Any, reason: str) -> None:
     assert render_conversation(tokenizer_of(CHATML), messages) == reason
 
 
-def test_what_a_parquet_file_fills_in_is_left_out() -> None:
+@pytest.mark.parametrize("marked", [False, True])
+def test_what_a_parquet_file_fills_in_is_left_out(marked: bool) -> None:
     tokenizer, messages = tokenizer_of(CHATML), conversation(6, 1)
-    tokenizer.chat_template = CHATML.template().replace("{{ m.content }}", "{{ m.name }}{{ m.content }}")
+    tokenizer.chat_template = CHATML.template(marked).replace(
+        "{{ m.content }}", "{{ m.name }}{{ m.content }}"
+    )
     filled = [{**message, "name": None} for message in messages]
     assert rendered(tokenizer, filled).ids.tolist() == encoded(tokenizer, messages)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tptrain.data.tokenizer import train_tokenizer
@@ -35,6 +35,18 @@ def byte_level_with_eos(texts: Sequence[str]) -> PreTrainedTokenizerFast:
         single="<|bos|> $A <|eos|>", pair="<|bos|> $A $B <|eos|>", special_tokens=specials
     )
     return own
+
+
+def byte_level_with_lines(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Byte-level, new lines in a row are a token whatever follows, as Llama 3's and Qwen's."""
+    bpe = Tokenizer(models.BPE())
+    pieces = Regex(r" ?\p{L}+|\p{N}{1,3}|\s*\n+|[^\s\p{L}\p{N}]+|\s+(?!\S)|\s")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(pieces, "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    _train(bpe, [*texts, *["a\n\nb"] * 3], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
 
 
 def sentencepiece_like(texts: Sequence[str]) -> PreTrainedTokenizerFast:
