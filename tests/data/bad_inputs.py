@@ -76,6 +76,12 @@ def tokenizer_without_eos(_: Path) -> None:
     raise_if_any(check_tokenizer(tokenizer, 1000))
 
 
+def without_chat_template(_: Path) -> None:
+    tokenizer = train_tokenizer(TEXTS, 300)
+    tokenizer.chat_template = None
+    tokenize_records([{"messages": []}], tokenizer, DataSection(preset="chat"))
+
+
 def tokenise(records: list[dict[str, object]], **settings: object) -> None:
     section = DataSection(path="a.jsonl", **settings)  # type: ignore[arg-type]
     tokenize_records(records, train_tokenizer(TEXTS, 300), section)
@@ -189,6 +195,23 @@ BAD_INPUTS: list[BadInput] = [
         lambda _: tokenise([{"prompt": "Question: ", "completion": "What"}]),
         "data.path", "a.jsonl", "must leave a record to train on",
         "dropped: 1 prompt and completion share a token", "completions that begin with it",
+    ),
+    BadInput(
+        "conversations without a chat template", without_chat_template,
+        "data.preset", "chat", "needs a tokenizer with a chat template", "the tokenizer 'train' has none",
+        "prompt_completion, or model.tokenizer=FOLDER",
+    ),
+    BadInput(
+        "conversations given to another preset",
+        lambda _: tokenise([{"messages": []}], completion_column="messages"),
+        "data.prompt_column", "prompt", "must be a column of the records", "columns: messages",
+        "data.preset=chat",
+    ),
+    BadInput(
+        "conversations without an answer",
+        lambda _: tokenise([{"messages": [{"role": "user", "content": "What?"}]}], preset="chat"),
+        "data.path", "a.jsonl", "must leave a record to train on", "dropped: 1 no turn of the assistant",
+        "of which the assistant's are non-empty texts",
     ),
     # Tokenizers.
     BadInput(

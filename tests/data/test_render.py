@@ -169,6 +169,58 @@ def test_presets_and_columns() -> None:
     assert prompt_text(record, DataSection(preset="gsm8k", prompt_column="text")) == "Question: t\nAnswer:"
 
 
+ALPACA = DataSection(preset="alpaca")
+WITH_INPUT = "### Instruction:\nAdd.\n\n### Input:\n3, 4\n\n### Response:\n"
+WITHOUT = "### Instruction:\nAdd.\n\n### Response:\n"
+
+
+@pytest.mark.parametrize(
+    ("more", "prompt"),
+    [
+        ({"input": "3, 4"}, WITH_INPUT),
+        ({"input": ""}, WITHOUT),
+        ({"input": " \n"}, WITHOUT),
+        ({"input": None}, WITHOUT),
+        ({}, WITHOUT),
+    ],
+)
+def test_alpaca_has_a_form_with_and_one_without_input(more: dict[str, object], prompt: str) -> None:
+    record = {"instruction": "Add.", "output": "7", **more}
+    assert record_texts(record, ALPACA) == (prompt, "7")
+    assert prompt_text(record, ALPACA) == prompt
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"instruction": "Add.", "input": "3, 4"}, MISSING_COLUMN),
+        ({"input": "3, 4", "output": "7"}, MISSING_COLUMN),
+        ({"instruction": "Add.", "input": [3, 4], "output": "7"}, NOT_TEXT),
+        ({"instruction": "Add.", "input": "3, 4", "output": " "}, EMPTY_COMPLETION),
+    ],
+)
+def test_reasons_to_drop_an_instruction(record: dict[str, object], reason: str) -> None:
+    assert record_texts(record, ALPACA) == reason
+
+
+@pytest.mark.parametrize("more", [{}, {"input": "48 + 3, {braces}"}])
+def test_alpaca_counts_the_output_alone(
+    exact_tokenizer: PreTrainedTokenizerFast, more: dict[str, str]
+) -> None:
+    texts = record_texts({"instruction": "How many coins?", "output": "51 coins.\n", **more}, ALPACA)
+    assert not isinstance(texts, str)
+    rendered = render(exact_tokenizer, *texts)
+    assert isinstance(rendered, Rendered)
+    assert counted_text(exact_tokenizer, rendered) == "51 coins.\n"
+
+
+def test_columns_of_instructions_may_be_named_and_are_recognised() -> None:
+    section = DataSection(preset="alpaca", prompt_column="task", completion_column="answer")
+    assert record_texts({"task": "Add.", "answer": "7"}, section) == (WITHOUT, "7")
+    problems = check_columns([{"instruction": "a", "input": "", "output": "b"}], DataSection())
+    assert {problem.fix for problem in problems} == {"data.preset=alpaca"}
+
+
 def test_braces_in_a_record_are_kept() -> None:
     record = {"question": "What is {a} in {}?", "answer": "{0}"}
     assert record_texts(record, GSM8K) == ("Question: What is {a} in {}?\nAnswer:", " {0}")

@@ -14,7 +14,7 @@ import xxhash
 from transformers import PreTrainedTokenizerFast
 
 from tptrain.config.schema import DataSection
-from tptrain.data.chat import chat_problems, render_conversation
+from tptrain.data import chat
 from tptrain.data.render import (
     BOUNDARY,
     CHAT,
@@ -138,10 +138,11 @@ def _render_all(
 ) -> Iterable[Rendered | str]:
     """A `Rendered` or a reason for each record, in order within the reasons and within the rest."""
     if section.preset == CHAT:
-        raise_if_any(chat_problems(tokenizer))
+        raise_if_any(chat.chat_problems(tokenizer))
         (column,) = columns(section)
-        for record in records:
-            yield render_conversation(tokenizer, record[column]) if column in record else MISSING_COLUMN
+        yield from (MISSING_COLUMN for record in records if column not in record)
+        given = (record[column] for record in records if column in record)
+        yield from chat.render_conversations(tokenizer, given)
         return
     remaining = iter(records)
     while chunk := list(islice(remaining, _CHUNK)):
@@ -166,9 +167,11 @@ def _fit(row: Rendered | str, section: DataSection) -> Rendered | str:
 def _nothing_left(section: DataSection, dropped: Mapping[str, int], longest: int) -> Exception:
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
     most = max(dropped, key=lambda reason: dropped[reason])
-    fix = {
-        TOO_LONG: f"data.seq_len={longest}",
-        NOTHING_COUNTED: f"data.seq_len={longest}",
-        BOUNDARY: "prompts that do not end in a space, with completions that begin with it",
-    }.get(most, "records whose prompt and completion are non-empty texts")
+    longer = dict.fromkeys((TOO_LONG, NOTHING_COUNTED), f"data.seq_len={longest}")
+    if section.preset == CHAT:
+        fix = {**chat.FIXES, **longer}.get(most, chat.FIX)
+    else:
+        at_boundary = "prompts that do not end in a space, with completions that begin with it"
+        other = "records whose prompt and completion are non-empty texts"
+        fix = {BOUNDARY: at_boundary, **longer}.get(most, other)
     return refuse("data.path", section.path, "must leave a record to train on", f"dropped: {reasons}", fix)

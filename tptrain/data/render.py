@@ -1,8 +1,8 @@
 """One record to token ids and loss mask, together and exactly, or to the reason why it cannot be done.
 
-A preset turns a record into two texts, prompt and completion, and `render_many` is the one place where ids
-and mask are made. A preset for conversations belongs beside it: whatever makes a `Rendered` can be batched
-and packed, for nothing later looks at texts.
+A preset turns a record into two texts, prompt and completion, and `render_many` is the one place where their
+ids and mask are made. Conversations have `tptrain.data.chat` instead: whatever makes a `Rendered` can be
+batched and packed, for nothing later looks at texts.
 """
 
 from __future__ import annotations
@@ -41,11 +41,15 @@ class Preset:
     input_column: str | None = None
     with_input: str = ""
 
-    def prompt_of(self, text: str, record: Mapping[str, Any]) -> str:
+    def input_of(self, record: Mapping[str, Any]) -> object:
+        """The second text of the prompt as the record has it; "" for none."""
         more = record.get(self.input_column) if self.input_column else None
-        if isinstance(more, str) and more.strip():
-            return self.with_input.format(text, more)
-        return self.prompt.format(text)
+        return "" if more is None else more
+
+    def prompt_of(self, text: str, record: Mapping[str, Any]) -> str:
+        more = self.input_of(record)
+        assert isinstance(more, str), "such records are dropped"
+        return self.with_input.format(text, more) if more.strip() else self.prompt.format(text)
 
 
 PRESETS = {
@@ -133,7 +137,7 @@ def _attribute(
     """Ids and mask of an encoded text whose completion begins at character `boundary`."""
     ids: list[int] = encoding.ids
     begin = len(prefix)
-    if ids[:begin] != prefix or _straddles(encoding, begin, boundary):
+    if ids[:begin] != prefix or straddles(encoding, begin, boundary):
         return BOUNDARY
     if not ids or ids[-1] != tokenizer.eos_token_id:
         ids = [*ids, tokenizer.eos_token_id]
@@ -142,7 +146,7 @@ def _attribute(
     return Rendered(np.asarray(ids, dtype=np.int32), mask)
 
 
-def _straddles(encoding: Encoding, begin: int, boundary: int) -> bool:
+def straddles(encoding: Encoding, begin: int, boundary: int) -> bool:
     """Whether the last token of the prompt ends, or the first of the completion starts, across the boundary.
 
     Characters only grow from token to token, so these two decide for all. Special tokens have no characters.
@@ -207,9 +211,11 @@ def record_texts(record: Mapping[str, Any], section: DataSection) -> tuple[str, 
     prompt_column, completion_column = columns(section)
     if prompt_column not in record or completion_column not in record:
         return MISSING_COLUMN
-    completion = record[completion_column]
-    if not isinstance(record[prompt_column], str) or not isinstance(completion, str):
+    preset, completion = PRESETS[section.preset], record[completion_column]
+    if not all(
+        isinstance(each, str) for each in (record[prompt_column], completion, preset.input_of(record))
+    ):
         return NOT_TEXT
     if not completion.strip():
         return EMPTY_COMPLETION
-    return prompt_text(record, section), PRESETS[section.preset].completion.format(completion)
+    return prompt_text(record, section), preset.completion.format(completion)
