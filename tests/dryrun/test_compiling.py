@@ -320,6 +320,29 @@ def test_a_killed_compiler_is_told(
     assert not (tmp_path / "cache").exists(), "what may pass another time is not kept"
 
 
+def test_a_compiler_ends_with_the_process_that_waits_for_it() -> None:
+    """Whatever ends that process, it cannot take its child along itself."""
+    child = (
+        "from tptrain.jaxside.aot_compile import die_with_parent; die_with_parent();"
+        " print('ready', flush=True); import time; time.sleep(60)"
+    )
+    parent = (
+        "import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', sys.argv[1]],"
+        " stdout=subprocess.PIPE, text=True); child.stdout.readline();"
+        " print(child.pid, flush=True); child.wait()"
+    )
+    started = subprocess.Popen([sys.executable, "-c", parent, child], stdout=subprocess.PIPE, text=True)
+    assert started.stdout is not None
+    place = Path("/proc") / started.stdout.readline().strip() / "cmdline"
+    assert b"die_with_parent" in place.read_bytes()
+    started.kill()
+    started.wait()
+    deadline = time.monotonic() + 10
+    while place.exists() and b"die_with_parent" in place.read_bytes():
+        assert time.monotonic() < deadline, "the child outlived its parent"
+        time.sleep(0.05)
+
+
 def test_the_last_lines_of_a_crash_are_kept(
     ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

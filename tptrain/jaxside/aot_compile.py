@@ -7,8 +7,11 @@ HloModuleProto) and writes DIR/result.json. libtpu can abort its process, so thi
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +26,9 @@ from jax.experimental import topologies
 
 from tptrain.jaxside.device_order import topology_desc_arguments
 from tptrain.topology import Topology, parse_topology
+
+# Of linux/prctl.h: the signal that a process gets when its parent ends.
+_PR_SET_PDEATHSIG = 1
 
 REQUEST, PROGRAM, RESULT, DUMP = "request.json", "program.pb", "result.json", "dump"
 
@@ -136,8 +142,19 @@ def die_first() -> None:
         score.write_text("1000")
 
 
+def die_with_parent() -> None:
+    """A compilation that nobody waits for any more is to end: the parent may be killed by any signal."""
+    parent = os.getppid()
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:  # on Linux
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before that
+            os._exit(1)
+
+
 def main() -> None:
     die_first()
+    die_with_parent()
     folder = Path(sys.argv[1])
     (folder / RESULT).write_text(json.dumps(compile_in(folder)))
 
