@@ -1,8 +1,11 @@
-"""Fine-tune Mixtral 8x7B on conversations.
+"""Fine-tune Mixtral 8x7B Instruct on conversations.
+
+Planned for v5p-128, v6e-64 and v4-128. An Instruct model's tokenizer has the chat template that
+data.preset=chat needs; a base model's has none.
 
 For example:
     tptrain dryrun recipes/mixtral_8x7b_chat.py topology=v5p-128
-    tptrain train recipes/mixtral_8x7b_chat.py model.pretrained=my/Mixtral-8x7B-v0.1 data.path=my.jsonl
+    tptrain train recipes/mixtral_8x7b_chat.py model.pretrained=my/checkpoint data.path=my.jsonl
 """
 
 from tptrain.cli import run_recipe
@@ -11,7 +14,7 @@ from tptrain.config import DataSection, ModelSection, OptimSection, Recipe, Rema
 # The slices that it is planned for.
 TOPOLOGIES = ("v5p-128", "v6e-64", "v4-128")
 
-# config.json of mistralai/Mixtral-8x7B-v0.1.
+# config.json of mistralai/Mixtral-8x7B-Instruct-v0.1.
 CONFIG = {
     "model_type": "mixtral",
     "architectures": ["MixtralForCausalLM"],
@@ -35,7 +38,7 @@ CONFIG = {
 
 RECIPE = Recipe(
     name="mixtral_8x7b_chat",
-    model=ModelSection(pretrained="mistralai/Mixtral-8x7B-v0.1", config=CONFIG),
+    model=ModelSection(pretrained="mistralai/Mixtral-8x7B-Instruct-v0.1", config=CONFIG),
     data=DataSection(path="HuggingFaceH4/no_robots", preset="chat", seq_len=2048, batch_rows=64),
     optim=OptimSection(learning_rate=5e-6),
     schedule=ScheduleSection(epochs=2, warmup_steps=20, final_ratio=0.1),

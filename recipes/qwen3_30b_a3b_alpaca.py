@@ -1,5 +1,7 @@
 """Fine-tune Qwen3-30B-A3B on instructions in the form of Alpaca.
 
+Planned for v5p-64, v6e-64 and v4-64.
+
 For example:
     tptrain dryrun recipes/qwen3_30b_a3b_alpaca.py topology=v5p-64
     tptrain train recipes/qwen3_30b_a3b_alpaca.py model.pretrained=my/Qwen3-30B-A3B data.path=my.jsonl

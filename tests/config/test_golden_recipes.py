@@ -25,8 +25,6 @@ MODELS = {
     "qwen3_8b_chat": "Qwen3-8B",
 }
 LLAMAS = {"llama3_2_1b_gsm8k": 1_235_814_400, "llama3_8b_gsm8k": 8_030_261_248}
-# Their docstrings name a slice in the example alone.
-ONE_NAMED = {"mixtral_8x7b_chat", "qwen3_30b_a3b_alpaca"}
 
 CASES = [(name, topology) for name in NAMES for topology in topologies(name)]
 
@@ -52,9 +50,8 @@ def test_the_docstring_names_the_slices(name: str) -> None:
     docstring = (RECIPES / f"{name}.py").read_text().split('"""')[1]
     planned = re.search(r"^Planned for (.*?)\. ?", docstring, re.MULTILINE)
     assert set(re.findall(r"topology=(\S+)", docstring)) <= set(topologies(name))
-    assert (planned is None) == (name in ONE_NAMED)
-    if planned:
-        assert tuple(re.split(", | and ", planned[1])) == topologies(name)
+    assert planned is not None
+    assert tuple(re.split(", | and ", planned[1])) == topologies(name)
 
 
 @pytest.mark.parametrize("name", NAMES)
