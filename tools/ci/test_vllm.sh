@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train a small model on GSM8K, export it, and hold the export in a real vLLM against transformers. Then a small
-# model of every family: logits, losses, export, and served tokens.
+# model of every family: its export bit for bit, and the tokens that vLLM serves.
 #
 # TPTRAIN_GSM8K names the folder with GSM8K's train.jsonl and test.jsonl. Everything is written to build/vllm,
 # which is emptied first; the environment with vLLM is .venv-vllm, made by make_vllm_env.sh.
@@ -42,4 +42,4 @@ PYTHON
 .venv-vllm/bin/python tests/vllm/check_export.py --export "$work/run/export" --float32-export "$work/float32" \
     --prompts "$work/prompts.json" --reference "$work/reference.json"
 
-"$python" tools/bench/families.py --vllm .venv-vllm/bin/python --work "$work/families"
+"$python" tools/bench/families.py --vllm .venv-vllm/bin/python --work "$work/families" --only-served
