@@ -22,6 +22,13 @@ def test_logits_equal_transformers(name: str) -> None:
     ours = flax_logits(FlaxDecoder(facts, params), rows)[rows.real]
     theirs = families.reference_logits(model, rows).numpy()[rows.real]
     assert relative(ours, theirs) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "qwen3_moe"])
+def test_loops_over_periods_give_the_same(name: str) -> None:
+    """Several loops, of one and of several layers, with experts and without."""
+    facts, rows = facts_from_config(families.CONFIGS[name]), small.packed_rows()
+    params = {n: jnp.asarray(t.numpy()) for n, t in small.weights_of(families.model_of(name)).items()}
     scanned = ScannedDecoder(facts, stack_layers(facts, params), Passes())
     hidden = scanned.model(rows.tokens, rows.positions, rows.segment_ids)
     whole = FlaxDecoder(facts, params).model(rows.tokens, rows.positions, rows.segment_ids)
