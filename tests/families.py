@@ -95,8 +95,9 @@ _SERVED: dict[str, Any] = {"hidden_size": 128, "head_dim": 32, "intermediate_siz
 
 
 def served_config(name: str) -> dict[str, Any]:
-    more = {"use_sliding_window": False} if name == "qwen2" else {}
-    return {**CONFIGS[name], **_SERVED, **more}
+    # vLLM's Qwen2 takes the hidden size over the heads for the size of a head.
+    qwen2 = {"use_sliding_window": False, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return {**CONFIGS[name], **_SERVED, **(qwen2 if name == "qwen2" else {})}
 
 
 @cache
