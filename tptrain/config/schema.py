@@ -55,6 +55,9 @@ class DataSection:
     """Column of the completion; auto: the preset's own (completion, answer, output; chat has none)."""
     seq_len: int = Field(default=512, ge=2)
     """Tokens per row; shorter rows are padded."""
+    packing: Literal["none", "best_fit"] = "none"
+    """none: a record has a row of its own; best_fit: records share rows, in which none sees another, so that
+    little is padded."""
     batch_rows: int = Field(default=16, ge=1)
     """Rows per optimizer step over all devices, before accumulation splits them."""
     too_long: Literal["drop", "truncate"] = "drop"

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from tptrain.backends.base import TensorSource
 from tptrain.ckpt.steps import is_step_folder
 from tptrain.config.plan import Plan
-from tptrain.data.batches import Batches, run_length
+from tptrain.data.batches import Batches
 from tptrain.data.dataset import tokenize_records
 from tptrain.data.render import all_texts
 from tptrain.data.sources import load_records
@@ -34,7 +34,7 @@ from tptrain.weights import (
 class Prepared:
     """Everything that reading the inputs yields, before a device is touched.
 
-    data_digest: `TokenizedDataset.digest`: what a run that goes on compares.
+    data_digest: `Batches.digest`: what a run that goes on compares.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -51,9 +51,8 @@ def prepare(plan: Plan, folder: RunFolder, console: Console) -> Prepared:
     raise_if_any(check_tokenizer(tokenizer, plan.facts.vocab_size))
     dataset, counts = tokenize_records(records, tokenizer, data)
     console.print(f"Data: {counts}.")
-    total_samples = run_length(len(dataset), recipe.schedule, data.batch_rows).total_samples
-    batches = Batches(dataset, data, recipe.optim.accumulation, total_samples)
-    return Prepared(tokenizer, batches, dataset.digest())
+    batches = Batches.of_run(dataset, data, recipe.optim.accumulation, recipe.schedule)
+    return Prepared(tokenizer, batches, batches.digest())
 
 
 def _tokenizer(plan: Plan, folder: RunFolder, records: list[dict[str, Any]]) -> PreTrainedTokenizerFast:
