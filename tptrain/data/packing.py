@@ -1,9 +1,10 @@
 """Which records share a row: best-fit decreasing over all records of an epoch, by counting lengths.
 
-Records are taken from the longest to the shortest, and each goes into the fullest row that still has room for
-it, or else begins a new one (best-fit decreasing: Johnson 1973; at most 11/9 of the fewest rows). Records of one
-length are alike for that, and so are rows with the same room left: rows are held by their room, and all records
-of a length are placed at once. What is done is the same, but it takes steps by lengths instead of by records.
+Records are taken from the longest to the shortest, and each goes into the fullest row with room for it,
+or else begins a new one (best-fit decreasing: Johnson 1973; at most 11/9 of the fewest rows). Records of
+one length are alike for that, and so are rows with the same room left: rows are held by their room, and
+all records of a length are placed at once. What is done is the same, but it takes steps by lengths
+instead of by records.
 
 The rows are cut once, by lengths alone; which of the records of a length takes which place is drawn anew for
 every epoch. So an epoch has the same number of rows whenever it comes, every record once, other neighbours
