@@ -11,15 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from tptrain.config.schema import DataSection
 from tptrain.data.dataset import NOTHING_COUNTED, TOO_LONG, Counts, TokenizedDataset, tokenize_records
-from tptrain.data.render import (
-    BOUNDARY,
-    EMPTY_COMPLETION,
-    MISSING_COLUMN,
-    NOT_TEXT,
-    Rendered,
-    record_texts,
-    render,
-)
+from tptrain.data.render import Renderer
+from tptrain.data.rendered import BOUNDARY, EMPTY_COMPLETION, MISSING_COLUMN, NOT_TEXT, Rendered
 from tptrain.data.sources import load_records
 from tptrain.data.tokenizer import train_tokenizer
 from tptrain.data.word_problems import training_records
@@ -28,9 +21,7 @@ GSM8K = DataSection(preset="gsm8k", seq_len=128)
 
 
 def rendered(record: dict[str, str], tokenizer: PreTrainedTokenizerFast) -> Rendered:
-    texts = record_texts(record, GSM8K)
-    assert not isinstance(texts, str)
-    row = render(tokenizer, *texts)
+    row = next(Renderer(tokenizer, GSM8K)([record]))
     assert isinstance(row, Rendered)
     return row
 

@@ -12,7 +12,7 @@ from tptrain.config.schema import DataSection, ScheduleSection
 from tptrain.data.batches import Batches, prefetch, run_length
 from tptrain.data.dataset import TokenizedDataset
 from tptrain.data.packing import PackedRows, best_fit_decreasing
-from tptrain.data.render import Rendered
+from tptrain.data.rendered import Rendered
 
 PAD = 7
 SEQ_LEN = 61

@@ -17,7 +17,7 @@ from tptrain.backends.torch_backend import TorchBackend
 from tptrain.config.schema import DataSection
 from tptrain.data.batches import Batch, Batches
 from tptrain.data.dataset import TokenizedDataset
-from tptrain.data.render import Rendered
+from tptrain.data.rendered import Rendered
 from tptrain.models.calling import call_method
 from tptrain.train.state import fresh_state, part_of
 from tptrain.train.step import BATCH_NAMES, loss_and_gradients

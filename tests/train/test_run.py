@@ -110,7 +110,7 @@ def test_answers_before_and_after_are_scored(recipe, records):
     section = EvalSection(problems=5, path=str(records), max_new_tokens=8, batch_rows=2)
     result = train(plan_recipe(recipe(eval=section)))
     assert len(result.before.answers) == len(result.after.answers) == 5
-    assert result.before.answers[0].prompt.startswith("Question: ")
+    assert result.before.answers[0].problem.prompt.startswith("Question: ")
 
 
 PROMPTS = ("Question: Ann has 48 coins. Ben gives Ann 24 more.\nAnswer:", "48+24", "Answer: 7", "Ann has")

@@ -45,14 +45,29 @@ class DataSection:
     """Configuration name of a hub data set, such as "main"."""
     split: str = "train"
     """Split of a hub data set or of a saved DatasetDict."""
-    preset: Literal["prompt_completion", "gsm8k", "alpaca", "chat"] = "prompt_completion"
-    """How a record becomes prompt and completion; gsm8k: "Question: ...\\nAnswer:" and " ...", from question
-    and answer; alpaca: from instruction, input (may be empty) and output; chat: messages (a list of role and
-    content) through the tokenizer's chat template, of which every turn of the assistant is a completion."""
+    preset: Literal["prompt_completion", "gsm8k", "alpaca", "chat", "sharegpt"] = "prompt_completion"
+    """How a record becomes tokens; gsm8k: "Question: ...\\nAnswer:" and " ...", from question and answer;
+    alpaca: from instruction, input (may be empty) and output; chat: messages (a list of role and content)
+    through the tokenizer's chat template; sharegpt: the same from conversations (a list of from and
+    value)."""
     prompt_column: str = "auto"
-    """Column of the prompt; auto: the preset's own (prompt, question, instruction, messages)."""
+    """Column of the prompt; auto: the preset's own (prompt, question, instruction, messages,
+    conversations)."""
     completion_column: str = "auto"
-    """Column of the completion; auto: the preset's own (completion, answer, output; chat has none)."""
+    """Column of the completion; auto: the preset's own (completion, answer, output; conversations have
+    none)."""
+    tools_column: str = "auto"
+    """Column of the tools that a conversation's assistant may call (a list of JSON schemas, or the same as
+    text), which records may lack; auto: tools."""
+    as_chat: bool = False
+    """Write prompt and completion as a question and its answer by the tokenizer's chat template, in the place
+    of the preset's own form."""
+    system_prompt: str | None = None
+    """What the system says first in conversations that have no turn of its own."""
+    loss_on: Literal["assistant", "last_turn", "completion", "all"] = "assistant"
+    """What the loss counts. assistant: every turn of the assistant and the token that ends it; last_turn:
+    only its last one; completion: the same as assistant, where records are a prompt and a completion; all:
+    every token but the first."""
     seq_len: int = Field(default=512, ge=2)
     """Tokens per row; shorter rows are padded."""
     packing: Literal["none", "best_fit"] = "none"

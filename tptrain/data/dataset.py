@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,22 +14,14 @@ from transformers import PreTrainedTokenizerFast
 
 from tptrain.config.schema import DataSection
 from tptrain.data import chat
-from tptrain.data.render import (
-    BOUNDARY,
-    CHAT,
-    MISSING_COLUMN,
-    Rendered,
-    check_columns,
-    columns,
-    record_texts,
-    render_many,
-)
+from tptrain.data.records import check_columns, is_chat
+from tptrain.data.render import Renderer
+from tptrain.data.rendered import BOUNDARY, Rendered
 from tptrain.data.tokenizer import padding_id
 from tptrain.errors import raise_if_any, refuse
 
 TOO_LONG = "longer than seq_len"
 NOTHING_COUNTED = "no completion token within seq_len"
-_CHUNK = 1024  # records given to the tokenizer at a time: enough to keep its threads busy
 
 
 @dataclass(frozen=True)
@@ -41,12 +32,14 @@ class TokenizedDataset:
     loss_mask: bool [S], True where the token counts in the loss.
     offsets:   int64 [N + 1]; row i lies at [offsets[i], offsets[i + 1]).
     pad_id:    the id that fills rows up.
+    stop_ids:  ids of the tokens that end what the loss counts, EOS first: a server must stop at them.
     """
 
     ids: npt.NDArray[np.int32]
     loss_mask: npt.NDArray[np.bool_]
     offsets: npt.NDArray[np.int64]
     pad_id: int
+    stop_ids: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -66,7 +59,7 @@ class TokenizedDataset:
         return digest.hexdigest()
 
     @staticmethod
-    def of(rows: Sequence[Rendered], pad_id: int) -> TokenizedDataset:
+    def of(rows: Sequence[Rendered], pad_id: int, stop_ids: tuple[int, ...] = ()) -> TokenizedDataset:
         offsets = np.zeros(len(rows) + 1, dtype=np.int64)
         np.cumsum([len(row.ids) for row in rows], out=offsets[1:])
         return TokenizedDataset(
@@ -74,6 +67,7 @@ class TokenizedDataset:
             loss_mask=np.concatenate([row.loss_mask for row in rows]),
             offsets=offsets,
             pad_id=pad_id,
+            stop_ids=stop_ids,
         )
 
 
@@ -112,11 +106,12 @@ def tokenize_records(
     left.
     """
     assert tokenizer.eos_token_id is not None
-    raise_if_any(check_columns(records, section))
+    raise_if_any(check_columns({name for record in records for name in record}, section))
     kept: list[Rendered] = []
     dropped: Counter[str] = Counter()
     truncated, longest = 0, 0
-    for rendered in _render_all(records, tokenizer, section):
+    renderer = Renderer(tokenizer, section)
+    for rendered in renderer(records):
         length = 0 if isinstance(rendered, str) else len(rendered.ids)
         longest = max(longest, length)
         fitted = _fit(rendered, section)
@@ -127,30 +122,10 @@ def tokenize_records(
             truncated += len(fitted.ids) < length
     if not kept:
         raise _nothing_left(section, dropped, longest)
-    dataset = TokenizedDataset.of(kept, padding_id(tokenizer))
+    dataset = TokenizedDataset.of(kept, padding_id(tokenizer), tuple(renderer.stop_ids))
     counted = int(dataset.loss_mask.sum())
     reasons = dict(sorted(dropped.items()))
     return dataset, Counts(len(records), len(kept), reasons, truncated, len(dataset.ids), counted)
-
-
-def _render_all(
-    records: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerFast, section: DataSection
-) -> Iterable[Rendered | str]:
-    """A `Rendered` or a reason for each record, in order within the reasons and within the rest."""
-    if section.preset == CHAT:
-        raise_if_any(chat.chat_problems(tokenizer))
-        (column,) = columns(section)
-        yield from (MISSING_COLUMN for record in records if column not in record)
-        given = (record[column] for record in records if column in record)
-        yield from chat.render_conversations(tokenizer, given)
-        return
-    remaining = iter(records)
-    while chunk := list(islice(remaining, _CHUNK)):
-        texts = [record_texts(record, section) for record in chunk]
-        yield from (text for text in texts if isinstance(text, str))
-        prompts = [text[0] for text in texts if not isinstance(text, str)]
-        completions = [text[1] for text in texts if not isinstance(text, str)]
-        yield from render_many(tokenizer, prompts, completions)
 
 
 def _fit(row: Rendered | str, section: DataSection) -> Rendered | str:
@@ -160,7 +135,7 @@ def _fit(row: Rendered | str, section: DataSection) -> Rendered | str:
     if len(row.ids) > section.seq_len:
         if section.too_long == "drop":
             return TOO_LONG
-        row = Rendered(row.ids[: section.seq_len], row.loss_mask[: section.seq_len])
+        row = row.beginning(section.seq_len)
     return row if row.loss_mask.any() else NOTHING_COUNTED
 
 
@@ -168,7 +143,7 @@ def _nothing_left(section: DataSection, dropped: Mapping[str, int], longest: int
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
     most = max(dropped, key=lambda reason: dropped[reason])
     longer = dict.fromkeys((TOO_LONG, NOTHING_COUNTED), f"data.seq_len={longest}")
-    if section.preset == CHAT:
+    if is_chat(section):
         fix = {**chat.FIXES, **longer}.get(most, chat.FIX)
     else:
         at_boundary = "prompts that do not end in a space, with completions that begin with it"

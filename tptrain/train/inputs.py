@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tptrain.ckpt.steps import is_step_folder
 from tptrain.config.plan import Plan
 from tptrain.data.batches import Batches
 from tptrain.data.dataset import tokenize_records
-from tptrain.data.render import all_texts
+from tptrain.data.render import texts_of
 from tptrain.data.sources import load_records
 from tptrain.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
 from tptrain.errors import raise_if_any
@@ -34,11 +35,13 @@ from tptrain.weights import (
 class Prepared:
     """Everything that reading the inputs yields, before a device is touched.
 
+    stop_ids:    what ends an answer, in the records that are trained on.
     data_digest: `Batches.digest`: what a run that goes on compares.
     """
 
     tokenizer: PreTrainedTokenizerFast
     batches: Batches
+    stop_ids: tuple[int, ...]
     data_digest: str
 
 
@@ -52,7 +55,7 @@ def prepare(plan: Plan, folder: RunFolder, console: Console) -> Prepared:
     dataset, counts = tokenize_records(records, tokenizer, data)
     console.print(f"Data: {counts}.")
     batches = Batches.of_run(dataset, data, recipe.optim.accumulation, recipe.schedule)
-    return Prepared(tokenizer, batches, batches.digest())
+    return Prepared(tokenizer, batches, dataset.stop_ids, batches.digest())
 
 
 def _tokenizer(plan: Plan, folder: RunFolder, records: list[dict[str, Any]]) -> PreTrainedTokenizerFast:
@@ -64,7 +67,7 @@ def _tokenizer(plan: Plan, folder: RunFolder, records: list[dict[str, Any]]) -> 
         return load_tokenizer(replace(model, tokenizer=str(folder.assets)))
     if model.tokenizer != "train":
         return load_tokenizer(model)
-    return train_tokenizer(all_texts(records, plan.recipe.data), plan.facts.vocab_size)
+    return train_tokenizer(texts_of(records, plan.recipe.data), plan.facts.vocab_size)
 
 
 def weight_source(plan: Plan) -> TensorSource | Path:
@@ -76,8 +79,13 @@ def weight_source(plan: Plan) -> TensorSource | Path:
     return path if is_step_folder(path) else SafetensorsSource(pretrained, plan.table)
 
 
-def write_assets(plan: Plan, folder: RunFolder, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Write a new run's config and tokenizer; what a run that saved no step has left is replaced."""
+def write_assets(
+    plan: Plan, folder: RunFolder, tokenizer: PreTrainedTokenizerFast, stop_ids: Sequence[int]
+) -> None:
+    """Write a new run's config and tokenizer; what a run that saved no step has left is replaced.
+
+    stop_ids: what ends an answer, as the records have it: a server is told to stop there.
+    """
     if folder.assets.exists():
         shutil.rmtree(folder.assets)
     model = plan.recipe.model
@@ -89,7 +97,8 @@ def write_assets(plan: Plan, folder: RunFolder, tokenizer: PreTrainedTokenizerFa
         tokenizer_folder = _assets_of(model.pretrained, "model.pretrained", TOKENIZER_FILES)
     elif model.tokenizer != "train":
         tokenizer_folder = local_folder(model.tokenizer, "model.tokenizer", TOKENIZER_FILES)
-    collect_assets(folder.assets, plan.hf_config, tokenizer, tokenizer_folder, checkpoint_folder)
+    source = (tokenizer_folder, checkpoint_folder)
+    collect_assets(folder.assets, plan.hf_config, tokenizer, *source, stops=stop_ids)
 
 
 def _assets_of(source: str, setting: str, patterns: tuple[str, ...]) -> Path:

@@ -141,7 +141,7 @@ def _train(run: _Run) -> RunResult:
 def _scoring(run: _Run, backend: Backend, prepared: Prepared) -> Scoring | None:
     if not run.plan.recipe.eval.problems:
         return None
-    scorer = ExactMatch(run.plan, backend, prepared.tokenizer)
+    scorer = ExactMatch(run.plan, backend, prepared.tokenizer, prepared.stop_ids)
     if scorer.skipped:
         run.say(f"Evaluation: {scorer.skipped} problems left out (no text, or too long to answer).")
     return Scoring(scorer, run.console, run.journal)
@@ -154,7 +154,7 @@ def _begin_folder(run: _Run, prepared: Prepared) -> None:
         steps = ", ".join(map(str, unverified))
         run.say(f"Note: without a digest manifest, so not gone on from: step {steps} (--unverified would).")
     run.folder.root.mkdir(parents=True, exist_ok=True)
-    write_assets(run.plan, run.folder, prepared.tokenizer)
+    write_assets(run.plan, run.folder, prepared.tokenizer, prepared.stop_ids)
     run.journal.open()
     run.journal.cut(0)
 
