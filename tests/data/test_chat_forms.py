@@ -34,6 +34,7 @@ WORDS = (
     *("日本", "a\nb", "x = {}", '"quoted"', "<b>", "  ", "\n\n", "assistant", "it's", "\t"),
 )
 EDGES = ("", "", "", " ", "\n", "\n\n")
+RARE_EDGES = (*("",) * 20, *EDGES)
 
 
 def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
@@ -72,7 +73,7 @@ def random_conversation(
             content = None if random.random() < 0.5 else said(random, False)
             messages.append({"role": "assistant", "content": content, "tool_calls": [call] * count})
             messages += [{"role": "tool", "content": said(random)} for _ in range(count)]
-        messages.append({"role": "assistant", "content": f"{random.choice(EDGES)}so {said(random)}"})
+        messages.append({"role": "assistant", "content": f"{random.choice(RARE_EDGES)}so {said(random)}"})
     return messages, tools
 
 
@@ -115,7 +116,7 @@ def test_ids_mask_and_roles_are_those_of_the_reference(name: str) -> None:
         begin = int(ids[0] == tokenizer.bos_token_id)
         assert [ROLES[role] for role in found.roles[begin:]] == roles[begin:]
         outcomes["exact"] += 1
-    assert outcomes["exact"] > 0.5 * CONVERSATIONS, outcomes
+    assert outcomes["exact"] > 0.7 * CONVERSATIONS, outcomes
     assert renderer.turn_ends == {tokenizer.convert_tokens_to_ids(form.end or tokenizer.eos_token)}
 
 
@@ -148,8 +149,8 @@ def test_beginnings_are_rarely_tokenised_again(name: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(renderer, "_span", counted)
     turns = sum(isinstance(each, Rendered) for each in renderer.render(read))
-    assert turns > 60
-    assert again < 0.5 * len(read)
+    assert turns > 140
+    assert again < 0.4 * len(read)
 
 
 def test_the_last_turn_and_everything() -> None:
