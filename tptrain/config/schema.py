@@ -77,8 +77,15 @@ class DataSection:
     """Rows per optimizer step over all devices, before accumulation splits them."""
     too_long: Literal["drop", "truncate"] = "drop"
     """What happens to a record of more than seq_len tokens; both are counted and printed."""
+    max_unlabelled: float = Field(default=0.1, ge=0, le=1)
+    """Largest share of records without anything that the loss counts (an empty completion, no answer, or none
+    within seq_len); they are dropped, and above it nothing is trained."""
     max_records: int | None = Field(default=None, ge=1)
     """Use only the first so many records; none: all."""
+    cache: str = "auto"
+    """Folder that keeps tokenised records, from which they are then read as they are needed, so that they may
+    be larger than the memory. auto: tptrain/data in the user's cache folder ($XDG_CACHE_HOME, else ~/.cache),
+    for files above 64 MB; none: in memory only."""
     seed: int = Field(default=0, ge=0)
     """Seed of the shuffle."""
 

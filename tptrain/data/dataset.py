@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,14 +14,15 @@ from transformers import PreTrainedTokenizerFast
 
 from tptrain.config.schema import DataSection
 from tptrain.data import chat
-from tptrain.data.records import check_columns, is_chat
+from tptrain.data.records import Record, check_columns, is_chat
 from tptrain.data.render import Renderer
-from tptrain.data.rendered import BOUNDARY, Rendered
+from tptrain.data.rendered import BOUNDARY, EMPTY_COMPLETION, NO_ANSWER, Rendered
 from tptrain.data.tokenizer import padding_id
-from tptrain.errors import raise_if_any, refuse
+from tptrain.errors import Problem, raise_if_any, refuse
 
 TOO_LONG = "longer than seq_len"
 NOTHING_COUNTED = "no completion token within seq_len"
+_UNLABELLED = (EMPTY_COMPLETION, NO_ANSWER, NOTHING_COUNTED)
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,20 @@ class TokenizedDataset:
 
     @staticmethod
     def of(rows: Sequence[Rendered], pad_id: int, stop_ids: tuple[int, ...] = ()) -> TokenizedDataset:
-        offsets = np.zeros(len(rows) + 1, dtype=np.int64)
-        np.cumsum([len(row.ids) for row in rows], out=offsets[1:])
         return TokenizedDataset(
             ids=np.concatenate([row.ids for row in rows]),
             loss_mask=np.concatenate([row.loss_mask for row in rows]),
-            offsets=offsets,
+            offsets=offsets_of([len(row.ids) for row in rows]),
             pad_id=pad_id,
             stop_ids=stop_ids,
         )
+
+
+def offsets_of(lengths: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Where each row begins and the last one ends: int64 [N + 1]."""
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
 
 
 @dataclass(frozen=True)
@@ -97,35 +103,68 @@ class Counts:
         )
 
 
-def tokenize_records(
-    records: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerFast, section: DataSection
-) -> tuple[TokenizedDataset, Counts]:
-    """Render every record once. A record of at most seq_len tokens, EOS included, fits a row.
+class Fitting:
+    """The rows of records that fit a row and have something that counts; all others counted by reason.
 
-    The tokenizer has passed `check_tokenizer`. Raises ProblemsError when a column is missing or no record is
-    left.
+    Iterated over once. `counts` and `stop_ids` tell of all records when the last one is through.
     """
-    assert tokenizer.eos_token_id is not None
-    raise_if_any(check_columns({name for record in records for name in record}, section))
-    kept: list[Rendered] = []
-    dropped: Counter[str] = Counter()
-    truncated, longest = 0, 0
-    renderer = Renderer(tokenizer, section)
-    for rendered in renderer(records):
-        length = 0 if isinstance(rendered, str) else len(rendered.ids)
-        longest = max(longest, length)
-        fitted = _fit(rendered, section)
-        if isinstance(fitted, str):
-            dropped[fitted] += 1
-        else:
-            kept.append(fitted)
-            truncated += len(fitted.ids) < length
-    if not kept:
-        raise _nothing_left(section, dropped, longest)
-    dataset = TokenizedDataset.of(kept, padding_id(tokenizer), tuple(renderer.stop_ids))
-    counted = int(dataset.loss_mask.sum())
-    reasons = dict(sorted(dropped.items()))
-    return dataset, Counts(len(records), len(kept), reasons, truncated, len(dataset.ids), counted)
+
+    def __init__(self, records: Iterable[Record], tokenizer: PreTrainedTokenizerFast, section: DataSection):
+        """The tokenizer has passed `check_tokenizer`. Raises ProblemsError when it lacks a chat template that
+        the records need."""
+        assert tokenizer.eos_token_id is not None
+        self._records, self._section = records, section
+        self._renderer = Renderer(tokenizer, section)
+        self._columns: set[str] = set()
+        self._dropped: Counter[str] = Counter()
+        self._seen = self._kept = self._truncated = self._longest = self._tokens = self._counted = 0
+
+    def __iter__(self) -> Iterator[Rendered]:
+        """Raises ProblemsError, behind the last row, when a column is missing, no row is left, or too many
+        records have nothing that counts."""
+        for rendered in self._renderer(self._read()):
+            length = 0 if isinstance(rendered, str) else len(rendered.ids)
+            self._longest = max(self._longest, length)
+            fitted = _fit(rendered, self._section)
+            if isinstance(fitted, str):
+                self._dropped[fitted] += 1
+                continue
+            self._kept += 1
+            self._truncated += len(fitted.ids) < length
+            self._tokens += len(fitted.ids)
+            self._counted += int(np.count_nonzero(fitted.loss_mask))
+            yield fitted
+        raise_if_any(check_columns(self._columns, self._section))
+        if not self._kept:
+            raise _nothing_left(self._section, self._dropped, self._longest)
+        raise_if_any(_unlabelled(self._section, self._seen, self._dropped))
+
+    def _read(self) -> Iterator[Record]:
+        for record in self._records:
+            self._seen += 1
+            self._columns.update(record)
+            yield record
+
+    @property
+    def counts(self) -> Counts:
+        dropped = dict(sorted(self._dropped.items()))
+        return Counts(self._seen, self._kept, dropped, self._truncated, self._tokens, self._counted)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return tuple(self._renderer.stop_ids)
+
+
+def tokenize_records(
+    records: Iterable[Record], tokenizer: PreTrainedTokenizerFast, section: DataSection
+) -> tuple[TokenizedDataset, Counts]:
+    """Render every record once, into memory. A record of at most seq_len tokens, EOS included, fits a row.
+
+    Raises ProblemsError: see `Fitting`.
+    """
+    fitting = Fitting(records, tokenizer, section)
+    rows = list(fitting)
+    return TokenizedDataset.of(rows, padding_id(tokenizer), fitting.stop_ids), fitting.counts
 
 
 def _fit(row: Rendered | str, section: DataSection) -> Rendered | str:
@@ -137,6 +176,21 @@ def _fit(row: Rendered | str, section: DataSection) -> Rendered | str:
             return TOO_LONG
         row = row.beginning(section.seq_len)
     return row if row.loss_mask.any() else NOTHING_COUNTED
+
+
+def _unlabelled(section: DataSection, records: int, dropped: Mapping[str, int]) -> list[Problem]:
+    """Records without anything to learn are a sign of a wrong preset, column or template, where they are
+    many."""
+    count = sum(dropped.get(reason, 0) for reason in _UNLABELLED)
+    share = count / records
+    if share <= section.max_unlabelled:
+        return []
+    reasons = ", ".join(f"{dropped[reason]:,} {reason}" for reason in _UNLABELLED if reason in dropped)
+    rule = "is the largest share of records in which the loss counts nothing"
+    enough = math.ceil(share * 100) / 100
+    fix = f"data.max_unlabelled={enough:g}, or other records (tptrain data inspect shows them)"
+    other = f"{count:,} of {records:,} records: {reasons}"
+    return [Problem("data.max_unlabelled", section.max_unlabelled, rule, other, fix)]
 
 
 def _nothing_left(section: DataSection, dropped: Mapping[str, int], longest: int) -> Exception:

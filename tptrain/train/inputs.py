@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
@@ -15,9 +14,9 @@ from tptrain.backends.base import TensorSource
 from tptrain.ckpt.steps import is_step_folder
 from tptrain.config.plan import Plan
 from tptrain.data.batches import Batches
-from tptrain.data.dataset import tokenize_records
 from tptrain.data.render import texts_of
-from tptrain.data.sources import load_records
+from tptrain.data.sources import Records, open_records
+from tptrain.data.token_cache import tokenized
 from tptrain.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
 from tptrain.errors import raise_if_any
 from tptrain.jaxside.random_init import RandomSource
@@ -49,16 +48,16 @@ def prepare(plan: Plan, folder: RunFolder, console: Console) -> Prepared:
     """Read records and tokenizer; tokenise."""
     recipe = plan.recipe
     data = recipe.data
-    records = load_records(data.path, data.subset, data.split, data.max_records)
+    records = open_records(data.path, data.subset, data.split, data.max_records)
     tokenizer = _tokenizer(plan, folder, records)
     raise_if_any(check_tokenizer(tokenizer, plan.facts.vocab_size))
-    dataset, counts = tokenize_records(records, tokenizer, data)
+    dataset, counts = tokenized(records, tokenizer, data, console.print)
     console.print(f"Data: {counts}.")
     batches = Batches.of_run(dataset, data, recipe.optim.accumulation, recipe.schedule)
     return Prepared(tokenizer, batches, dataset.stop_ids, batches.digest())
 
 
-def _tokenizer(plan: Plan, folder: RunFolder, records: list[dict[str, Any]]) -> PreTrainedTokenizerFast:
+def _tokenizer(plan: Plan, folder: RunFolder, records: Records) -> PreTrainedTokenizerFast:
     """The recipe's tokenizer; a run that goes on reads back the one that it has kept."""
     model = plan.recipe.model
     if resumes(plan, folder):
