@@ -141,5 +141,5 @@ def test_too_many_records_without_anything_to_learn_stop_the_run(tokenizer: PreT
     assert (problem.setting, problem.value) == ("data.max_unlabelled", 0.19)
     assert problem.other == "2 of 10 records: 2 empty completion"
     assert problem.fix.startswith("data.max_unlabelled=0.2,")
-    with pytest.raises(ProblemsError, match="data.max_unlabelled"):
+    with pytest.raises(ProblemsError, match="max_unlabelled"):
         tokenize_records(records * 2, tokenizer, DataSection())

@@ -268,5 +268,5 @@ def test_problems_too_long_to_answer_are_left_out(recipe, tmp_path, capsys):
     long.write_text("".join(json.dumps({"question": t, "answer": "#### 1"}) + "\n" for t in texts))
     section = EvalSection(problems=2, path=str(long), max_new_tokens=8, batch_rows=2)
     result = train(plan_recipe(recipe(eval=section)))
-    assert [answer.question for answer in result.after.answers] == ["How many?"]
+    assert [answer.problem.question for answer in result.after.answers] == ["How many?"]
     assert "1 problems left out" in capsys.readouterr().out
