@@ -18,7 +18,7 @@ from tptrain.data.records import Record, check_columns, is_chat
 from tptrain.data.render import Renderer
 from tptrain.data.rendered import BOUNDARY, EMPTY_COMPLETION, NO_ANSWER, Rendered
 from tptrain.data.tokenizer import padding_id
-from tptrain.errors import Problem, raise_if_any, refuse
+from tptrain.errors import Problem, raise_if_any
 
 TOO_LONG = "longer than seq_len"
 NOTHING_COUNTED = "no completion token within seq_len"
@@ -107,6 +107,8 @@ class Fitting:
     """The rows of records that fit a row and have something that counts; all others counted by reason.
 
     Iterated over once. `counts` and `stop_ids` tell of all records when the last one is through.
+
+    length: tokens of the record that the last outcome is of, before it was cut or dropped; 0: not rendered.
     """
 
     def __init__(self, records: Iterable[Record], tokenizer: PreTrainedTokenizerFast, section: DataSection):
@@ -115,29 +117,38 @@ class Fitting:
         assert tokenizer.eos_token_id is not None
         self._records, self._section = records, section
         self._renderer = Renderer(tokenizer, section)
+        self.length = 0
         self._columns: set[str] = set()
         self._dropped: Counter[str] = Counter()
         self._seen = self._kept = self._truncated = self._longest = self._tokens = self._counted = 0
 
     def __iter__(self) -> Iterator[Rendered]:
-        """Raises ProblemsError, behind the last row, when a column is missing, no row is left, or too many
-        records have nothing that counts."""
+        """The rows. Raises ProblemsError with `problems` behind the last one."""
+        yield from (outcome for outcome in self.outcomes() if not isinstance(outcome, str))
+        raise_if_any(self.problems())
+
+    def outcomes(self) -> Iterator[Rendered | str]:
+        """The row of each record, or the reason why it has none, in order."""
         for rendered in self._renderer(self._read()):
-            length = 0 if isinstance(rendered, str) else len(rendered.ids)
+            self.length = length = 0 if isinstance(rendered, str) else len(rendered.ids)
             self._longest = max(self._longest, length)
             fitted = _fit(rendered, self._section)
             if isinstance(fitted, str):
                 self._dropped[fitted] += 1
-                continue
-            self._kept += 1
-            self._truncated += len(fitted.ids) < length
-            self._tokens += len(fitted.ids)
-            self._counted += int(np.count_nonzero(fitted.loss_mask))
+            else:
+                self._kept += 1
+                self._truncated += len(fitted.ids) < length
+                self._tokens += len(fitted.ids)
+                self._counted += int(np.count_nonzero(fitted.loss_mask))
             yield fitted
-        raise_if_any(check_columns(self._columns, self._section))
-        if not self._kept:
-            raise _nothing_left(self._section, self._dropped, self._longest)
-        raise_if_any(_unlabelled(self._section, self._seen, self._dropped))
+
+    def problems(self) -> list[Problem]:
+        """What keeps a run from training on the records read so far: a column that none has, no row, too many
+        records without anything that counts."""
+        missing = check_columns(self._columns, self._section)
+        if missing or not self._kept:
+            return missing or [_nothing_left(self._section, self._dropped, self._longest)]
+        return _unlabelled(self._section, self._seen, self._dropped)
 
     def _read(self) -> Iterator[Record]:
         for record in self._records:
@@ -193,7 +204,7 @@ def _unlabelled(section: DataSection, records: int, dropped: Mapping[str, int]) 
     return [Problem("data.max_unlabelled", section.max_unlabelled, rule, other, fix)]
 
 
-def _nothing_left(section: DataSection, dropped: Mapping[str, int], longest: int) -> Exception:
+def _nothing_left(section: DataSection, dropped: Mapping[str, int], longest: int) -> Problem:
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
     most = max(dropped, key=lambda reason: dropped[reason])
     longer = dict.fromkeys((TOO_LONG, NOTHING_COUNTED), f"data.seq_len={longest}")
@@ -203,4 +214,4 @@ def _nothing_left(section: DataSection, dropped: Mapping[str, int], longest: int
         at_boundary = "prompts that do not end in a space, with completions that begin with it"
         other = "records whose prompt and completion are non-empty texts"
         fix = {BOUNDARY: at_boundary, **longer}.get(most, other)
-    return refuse("data.path", section.path, "must leave a record to train on", f"dropped: {reasons}", fix)
+    return Problem("data.path", section.path, "must leave a record to train on", f"dropped: {reasons}", fix)
