@@ -26,6 +26,7 @@ from tptrain.ckpt.digests import (
 )
 from tptrain.ckpt.plain_chunks import ChunkDamage, plain_array
 from tptrain.ckpt.steps import RUN
+from tptrain.config.schema import LoraSection
 from tptrain.config.state_parts import PARAMS
 from tptrain.errors import Problem, ProblemsError, refuse
 from tptrain.family import ParamRow
@@ -56,6 +57,15 @@ def read_run(step_folder: Path) -> dict[str, Any]:
     if not isinstance(run, dict):
         raise ValueError(f"{step_folder / RUN} holds a {type(run).__name__}")
     return run
+
+
+def lora_of(run: Mapping[str, Any]) -> LoraSection | None:
+    """The adapters that a step's run trains, from its JSON item; None for a run without."""
+    recipe = run.get("recipe", {})
+    if not recipe.get("lora.rank"):
+        return None
+    targets = tuple(recipe["lora.targets"])
+    return LoraSection(rank=recipe["lora.rank"], alpha=recipe["lora.alpha"], targets=targets)
 
 
 def read_tree(item: Path) -> Mapping[str, Any]:
@@ -142,10 +152,11 @@ class StepReader:
             self.run = read_run(step_folder)
         self._item = item
         self._source = StepSource(self._folder / item)
+        self._intact: set[str] = set()
 
-    def read(self, row: ParamRow) -> torch.Tensor:
-        """One whole unpadded tensor in the format it was saved in; nothing else is read."""
-        return self._checked(row).read(row, tuple(slice(0, n) for n in row.size))
+    def read(self, row: ParamRow, index: Slices | None = None) -> torch.Tensor:
+        """One unpadded tensor, or a slice of it, in the format it was saved in; nothing else is read."""
+        return self._checked(row).read(row, index or tuple(slice(0, n) for n in row.size))
 
     def read_blocks(self, row: ParamRow) -> Iterator[torch.Tensor]:
         """A tensor as consecutive private blocks of whole rows; each file is read once.
@@ -175,9 +186,10 @@ class StepReader:
             del block
 
     def _checked(self, row: ParamRow) -> StepSource:
-        if self._manifest is not None:
+        if self._manifest is not None and row.name not in self._intact:
             folder = f"{self._item}/{row.name}/"
             self._refuse_damaged([path for path in self._manifest.files if path.startswith(folder)])
+            self._intact.add(row.name)
         return self._source
 
     def _refuse_damaged(self, paths: list[str]) -> None:

@@ -21,6 +21,7 @@ _HEADS = (*_TOKENS, "act_heads", "act_head_dim")
 _KV_HEADS = (*_TOKENS, "act_kv_heads", "act_head_dim")
 _SCORES = ("act_batch", "act_kv_heads", "act_group", "act_tokens", "act_keys")
 _MLP = (*_TOKENS, "act_mlp")
+_RANK = (*_TOKENS, "act_rank")
 _EXPERT_MLP = ("act_expert_rows", "act_expert_mlp")
 
 
@@ -52,6 +53,8 @@ LAYER = (
     Activation("logsumexp", ("act_batch", "act_heads", "act_tokens"), "attention", "splash", "float32"),
     Activation("attended", _HEADS, "attention"),
     Activation("after_attention", _STREAM, "attention"),
+    # Those of all adapters of a layer, its MLP's included: they are small.
+    Activation("adapter", _RANK, "attention"),
     Activation("mlp_input", _STREAM, "mlp"),
     Activation("gate", _MLP, "mlp", "ungrouped"),
     Activation("up", _MLP, "mlp", "ungrouped"),
@@ -103,6 +106,7 @@ def act_sizes(work: Workload) -> dict[str, int]:
         # Of all tokens that a device collects, not of its own experts alone: shapes do not know the routing.
         "act_expert_rows": work.rows * work.tokens * chosen * split_count(work.expert_axes, work.axis_sizes),
         "act_expert_mlp": experts.intermediate_size if experts else 0,
+        "act_rank": work.layer_rank,
         "act_vocab": head.padded_size[head.dims.index("vocab")],
     }
 

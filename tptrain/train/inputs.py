@@ -11,6 +11,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from tptrain.backends.base import TensorSource
+from tptrain.ckpt.base_model import BaseModel, base_model
 from tptrain.ckpt.steps import is_step_folder
 from tptrain.config.plan import Plan
 from tptrain.data.batches import Batches
@@ -19,6 +20,7 @@ from tptrain.data.sources import Records, open_records
 from tptrain.data.token_cache import tokenized
 from tptrain.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
 from tptrain.errors import raise_if_any
+from tptrain.family.lora import model_rows
 from tptrain.jaxside.random_init import RandomSource
 from tptrain.train.folder import RunFolder, resumes
 from tptrain.weights import (
@@ -36,12 +38,14 @@ class Prepared:
 
     stop_ids:    what ends an answer, in the records that are trained on.
     data_digest: `Batches.digest`: what a run that goes on compares.
+    base:        the model below the adapters, which it compares as well; None without adapters.
     """
 
     tokenizer: PreTrainedTokenizerFast
     batches: Batches
     stop_ids: tuple[int, ...]
     data_digest: str
+    base: BaseModel | None
 
 
 def prepare(plan: Plan, folder: RunFolder, console: Console) -> Prepared:
@@ -54,7 +58,7 @@ def prepare(plan: Plan, folder: RunFolder, console: Console) -> Prepared:
     dataset, counts = tokenized(records, tokenizer, data, console.print)
     console.print(f"Data: {counts}.")
     batches = Batches.of_run(dataset, data, recipe.optim.accumulation, recipe.schedule)
-    return Prepared(tokenizer, batches, dataset.stop_ids, batches.digest())
+    return Prepared(tokenizer, batches, dataset.stop_ids, batches.digest(), base_model(plan))
 
 
 def _tokenizer(plan: Plan, folder: RunFolder, records: Records) -> PreTrainedTokenizerFast:
@@ -70,12 +74,15 @@ def _tokenizer(plan: Plan, folder: RunFolder, records: Records) -> PreTrainedTok
 
 
 def weight_source(plan: Plan) -> TensorSource | Path:
-    """Where the first weights come from: a step folder, safetensors files, or a random generator."""
+    """Where the weights of the model come from: a step folder, safetensors files, or a random generator.
+
+    Adapters are not among them: those of a new run are random, those of one that goes on in its checkpoint.
+    """
     pretrained = plan.recipe.model.pretrained
     if pretrained is None:
         return RandomSource(plan.recipe.seed, plan.facts.initializer_range)
     path = Path(pretrained).expanduser()
-    return path if is_step_folder(path) else SafetensorsSource(pretrained, plan.table)
+    return path if is_step_folder(path) else SafetensorsSource(pretrained, model_rows(plan.table))
 
 
 def write_assets(

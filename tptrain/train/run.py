@@ -19,7 +19,7 @@ from tptrain.config.planning import plan_recipe
 from tptrain.config.schema import Recipe
 from tptrain.errors import Problem, TptrainError, raise_if_any
 from tptrain.eval.exact_match import ExactMatch, Score
-from tptrain.export import export_step
+from tptrain.export import LoraForm, export_step
 from tptrain.train.after_step import AfterStep
 from tptrain.train.folder import RunFolder, export_problems, folder_problems, resumes
 from tptrain.train.inputs import Prepared, prepare, weight_source, write_assets
@@ -114,13 +114,14 @@ def _train(run: _Run) -> RunResult:
     raise_if_any(export_problems(plan) if goes_on else length_problems(plan, prepared, NEW_RUN))
     backend = make_backend(plan)
     scoring = _scoring(run, backend, prepared)
-    source = None if goes_on else weight_source(plan)
-    if source is not None:
+    source = None if goes_on and prepared.base is None else weight_source(plan)
+    if not goes_on:
         _begin_folder(run, prepared)
     with closing(_checkpointer(run, backend)) as checkpointer:
-        if source is None:
-            start = resumed_start(plan, backend, checkpointer, prepared, run.journal, folder, run.say)
+        if goes_on:
+            start = resumed_start(plan, backend, checkpointer, prepared, run.journal, folder, run.say, source)
         else:
+            assert source is not None, "a new run has weights from somewhere"
             start = fresh_start(plan, backend, prepared, source)
         run.preemption.start_from(start.progress.step)
         run.journal.event("end", "start", start.progress.step)
@@ -174,7 +175,7 @@ def _loop(
 ) -> tuple[Tensors, Score | None]:
     """Train with everything that goes on around a step; the last state, and its score if it was scored."""
     plan, total = run.plan, start.length.total_steps
-    saver = Saver(checkpointer, run_item(plan, prepared.data_digest), run.say)
+    saver = Saver(checkpointer, run_item(plan, prepared.data_digest, prepared.base), run.say)
     every = plan.recipe.eval.every_steps
     after_step = AfterStep(total, save_policy(plan), saver, scoring, every, run.preemption)
     with _watchers(run, total, start.progress.step) as watchers:
@@ -211,10 +212,11 @@ def _export(run: _Run, step: int) -> Path | None:
     plan, section = run.plan, run.plan.recipe.export
     if plan.export_dir is None:
         return None
-    folder = run.folder.step(step)
+    folder, out = run.folder.step(step), Path(plan.export_dir)
+    form = LoraForm(section.lora) if plan.recipe.lora.rank else LoraForm()
     try:
         with run.journal.phase("export", step):
-            return export_step(folder, Path(plan.export_dir), None, section.dtype, section.max_shard_gb)
+            return export_step(folder, out, None, section.dtype, section.max_shard_gb, lora_form=form)
     except TptrainError:
         run.say(f"The run is saved; export it with: python tools/convert_ckpt.py {folder} FOLDER")
         raise

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from tptrain.backends.base import Tensors
+from tptrain.ckpt.base_model import BaseModel
 from tptrain.ckpt.checkpointer import Checkpointer, SaveError
 from tptrain.ckpt.policies import (
     AnyOf,
@@ -49,9 +50,14 @@ def keep_policies(plan: Plan) -> list[KeepPolicy]:
     return policies
 
 
-def run_item(plan: Plan, data_digest: str) -> dict[str, Any]:
-    """The part of the `run` item that all steps of a run share; each adds its step and cursor."""
+def run_item(plan: Plan, data_digest: str, base: BaseModel | None = None) -> dict[str, Any]:
+    """The part of the `run` item that all steps of a run share; each adds its step and cursor.
+
+    base: the model below the plan's adapters, None without adapters.
+    """
+    below = {"base": base.as_json()} if base else {}
     return {
+        **below,
         "seeds": {"init": plan.recipe.seed, "data": plan.recipe.data.seed},
         "data_digest": data_digest,
         "recipe": plan_json(plan)["recipe"],
