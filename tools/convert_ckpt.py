@@ -80,7 +80,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--lora",
         metavar="merged|adapter",
-        help="of a step of adapters: the whole model with them merged into it (the default), or a PEFT folder",
+        help="of a step of adapters: the whole model with them merged (the default), or a PEFT folder",
     )
     parser.add_argument(
         "--base",

@@ -1,9 +1,9 @@
 """Saving a run's state in the background, and restoring the newest good one.
 
 A step on disk is `RUN/checkpoints/STEP` with the items `params`, `mu` and `nu` (flat dicts of arrays by
-Hugging Face name; `params` of a run with adapters holds these alone), `run` (JSON: step, cursor, seeds, recipe,
-config, versions) and the digest manifest. Orbax writes the items and commits them by a rename; the manifest
-comes last and publishes the step. Older steps are deleted only then.
+Hugging Face name; `params` of a run with adapters holds these alone), `run` (JSON: step, cursor, seeds,
+recipe, config, versions) and the digest manifest. Orbax writes the items and commits them by a rename; the
+manifest comes last and publishes the step. Older steps are deleted only then.
 """
 
 from __future__ import annotations

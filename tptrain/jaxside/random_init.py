@@ -50,7 +50,8 @@ class RandomSource:
     """A TensorSource of new weights: float32, a pure function of (seed, row name, position in the row).
 
     A matrix is normal with mean 0 and standard deviation `initializer_range`; norms are ones, biases zeros;
-    `kaiming_uniform` is He's (arXiv:1502.01852) with a = sqrt(5): within the root of 1 / (size of the last dim).
+    `kaiming_uniform` is He's (arXiv:1502.01852) with a = sqrt(5): within the root of 1 / (size of the last
+    dim).
     On the host a matrix is made as a whole; the one asked for last is kept for its next slice.
     """
 
