@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 
 from tests import small
 from tptrain.backends.base import Tensors
@@ -41,6 +40,8 @@ def weights_of(model: Any, plan: Plan, adapters: Mapping[str, torch.Tensor]) -> 
 
 def peft_model(model: Any, plan: Plan, adapters: Mapping[str, torch.Tensor], modules: Iterable[str]) -> Any:
     """PEFT's model over transformers', with these adapters on the named modules."""
+    from peft import LoraConfig, get_peft_model  # which takes seconds, and which not every test needs
+
     lora = plan.recipe.lora
     config = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, target_modules=list(modules), lora_dropout=0.0, bias="none"

@@ -23,7 +23,7 @@ from tptrain.train.folder import RunFolder, step_asked_for
 from tptrain.train.inputs import Prepared
 from tptrain.train.journal import Journal
 from tptrain.train.loop import Progress
-from tptrain.train.state import begun_state, fresh_state, join_parts, not_halted, with_adapters
+from tptrain.train.state import begun_state, fresh_state, join_parts, joined_weights, not_halted
 
 NEW_RUN = Continuation(step=0, cursor=0, lines=())
 
@@ -45,7 +45,7 @@ def fresh_start(plan: Plan, backend: Backend, prepared: Prepared, source: Tensor
     else:
         adapters = RandomSource(plan.recipe.seed, plan.facts.initializer_range)
         placed = backend.place(adapters, PARAMS, lambda buffer: buffer.is_adapter)
-        state = begun_state(backend, with_adapters(backend, model_weights(plan, backend, source), placed))
+        state = begun_state(backend, joined_weights(backend, model_weights(plan, backend, source), placed))
     return Start(state, Progress(0, 0), length_from(plan, prepared, NEW_RUN), ())
 
 
@@ -91,7 +91,7 @@ def resumed_start(
     saved = restored.parts
     if source is not None:
         base = model_weights(plan, backend, source)
-        saved = {**saved, PARAMS: with_adapters(backend, base, saved[PARAMS])}
+        saved = {**saved, PARAMS: joined_weights(backend, base, saved[PARAMS])}
     state = join_parts(saved, not_halted(backend))
     progress = Progress(going_on.step, going_on.cursor)
     return Start(state, progress, length_from(plan, prepared, going_on), going_on.lines)
