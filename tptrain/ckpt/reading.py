@@ -152,11 +152,19 @@ class StepReader:
             self.run = read_run(step_folder)
         self._item = item
         self._source = StepSource(self._folder / item)
-        self._intact: set[str] = set()
+        self._sliced: set[str] = set()
 
     def read(self, row: ParamRow, index: Slices | None = None) -> torch.Tensor:
-        """One unpadded tensor, or a slice of it, in the format it was saved in; nothing else is read."""
-        return self._checked(row).read(row, index or tuple(slice(0, n) for n in row.size))
+        """One unpadded tensor in the format it was saved in, or a slice of it; nothing else is read.
+
+        Of a tensor that is read by slices the files are checked once.
+        """
+        if index is None:
+            return self._checked(row).read(row, tuple(slice(0, n) for n in row.size))
+        if row.name not in self._sliced:
+            self._checked(row)
+            self._sliced.add(row.name)
+        return self._source.read(row, index)
 
     def read_blocks(self, row: ParamRow) -> Iterator[torch.Tensor]:
         """A tensor as consecutive private blocks of whole rows; each file is read once.
@@ -186,10 +194,9 @@ class StepReader:
             del block
 
     def _checked(self, row: ParamRow) -> StepSource:
-        if self._manifest is not None and row.name not in self._intact:
+        if self._manifest is not None:
             folder = f"{self._item}/{row.name}/"
             self._refuse_damaged([path for path in self._manifest.files if path.startswith(folder)])
-            self._intact.add(row.name)
         return self._source
 
     def _refuse_damaged(self, paths: list[str]) -> None:

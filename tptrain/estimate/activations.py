@@ -31,7 +31,7 @@ class Activation:
 
     block: which half of the layer computes it.
     core:  the one it belongs to, of attention ("plain", "splash") or of the MLP: experts with rows sorted by
-           them ("grouped"), or an MLP and experts without ("ungrouped"). None: all.
+           them ("grouped"), or an MLP and experts without ("ungrouped"); or "adapters". None: all.
     dtype: its format; None: the compute format.
     """
 
@@ -54,7 +54,7 @@ LAYER = (
     Activation("attended", _HEADS, "attention"),
     Activation("after_attention", _STREAM, "attention"),
     # Those of all adapters of a layer, its MLP's included: they are small.
-    Activation("adapter", _RANK, "attention"),
+    Activation("adapter", _RANK, "attention", "adapters"),
     Activation("mlp_input", _STREAM, "mlp"),
     Activation("gate", _MLP, "mlp", "ungrouped"),
     Activation("up", _MLP, "mlp", "ungrouped"),
@@ -73,7 +73,8 @@ def layer_activations(work: Workload) -> list[Activation]:
     Where some layers have experts and some have none, all are counted as if they had.
     """
     cores = (None, work.attention, "grouped" if work.experts == "grouped" else "ungrouped")
-    return [activation for activation in LAYER if activation.core in cores]
+    adapters = ("adapters",) if work.layer_rank else ()
+    return [activation for activation in LAYER if activation.core in (*cores, *adapters)]
 
 
 _WIDTHS = {**DTYPE_BYTES, "int32": 4}
