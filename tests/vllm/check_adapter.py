@@ -2,9 +2,9 @@
 
     python tests/vllm/check_adapter.py --base DIR --adapter PEFT_DIR --reference reference.json
 
-It runs in the environment that tools/ci/make_vllm_env.sh builds. DIR is the model that the adapter was trained
-on, with weights that bfloat16 holds exactly, as training held them; reference.json is what make_reference.py
-writes for the merged model in float32. vLLM computes in float32; comparison and near-ties are as in
+It runs in the environment that tools/ci/make_vllm_env.sh builds. DIR is the model that the adapter was
+trained on, with weights that bfloat16 holds exactly, as training held them; reference.json is what
+make_reference.py writes for the merged model in float32. vLLM computes in float32; comparison and near-ties are as in
 check_export.py. Without the adapter the same model must generate something else, or the check says nothing.
 
 Every problem is printed on a line of its own. The last line is JSON with the counts. Exit status: 0 no
@@ -25,8 +25,12 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--base", type=Path, required=True, help="the model folder below the adapter")
-    parser.add_argument("--adapter", type=Path, required=True, help="the exported adapter, of rank 16 or less")
-    parser.add_argument("--reference", type=Path, required=True, help="make_reference.py's of the merged model")
+    parser.add_argument(
+        "--adapter", type=Path, required=True, help="the exported adapter, of rank 16 or less"
+    )
+    parser.add_argument(
+        "--reference", type=Path, required=True, help="make_reference.py's of the merged model"
+    )
     args = parser.parse_args()
 
     references: list[Reference] = json.loads(args.reference.read_text())

@@ -71,8 +71,12 @@ class Plan:
     @property
     def exported(self) -> tuple[ParamRow, ...]:
         """The rows that the export holds: the model's, or those of its adapters."""
-        adapters = self.recipe.lora.rank > 0 and self.recipe.export.lora == "adapter"
-        return tuple(row for row in self.table if row.is_adapter == adapters)
+        return tuple(row for row in self.table if row.is_adapter == self.exports_adapter)
+
+    @property
+    def exports_adapter(self) -> bool:
+        """Whether the export is an adapter, and not a model."""
+        return self.recipe.lora.rank > 0 and self.recipe.export.lora == "adapter"
 
     @property
     def device_rows(self) -> int:
