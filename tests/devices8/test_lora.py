@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests import adapters, small
+from tests import adapters, families, small
 from tptrain.backends.base import Tensors
 from tptrain.backends.torch_backend import TorchBackend
 from tptrain.backends.xla.backend import XlaBackend
@@ -41,6 +41,14 @@ CASES: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
         (1, 8, 1),
         {"lora": {**LORA, "targets": ("model.layers.[12].self_attn.*", "down_proj")}, "remat": "dots"},
     ),
+    "attention of a mixture": (
+        (2, 2, 1),
+        {
+            "lora": {**LORA, "targets": ("heads", "kv_heads")},
+            "config": families.CONFIGS["mixtral"],
+            "expert": 2,
+        },
+    ),
     "last layer": (
         (8, 1, 1),
         {
@@ -63,8 +71,13 @@ class Run:
     compiles: int
 
 
+def base_of(plan: Plan) -> Any:
+    """transformers' model of a plan, with random weights."""
+    return small.reference_model(plan.hf_config)
+
+
 def source(plan: Plan) -> small.DictSource:
-    return adapters.weights_of(small.reference(), plan, adapters.random_adapters(plan))
+    return adapters.weights_of(base_of(plan), plan, adapters.random_adapters(plan))
 
 
 def steps_of(backend: Any, plan: Plan) -> Run:
@@ -84,7 +97,7 @@ def steps_of(backend: Any, plan: Plan) -> Run:
 def sharded_plan(case: str, mesh: tuple[int, int, int] | None = None) -> Plan:
     own, settings = CASES[case]
     fsdp, tensor, data = mesh or own
-    return small.small_plan(fsdp, tensor, data, **settings)
+    return small.small_plan(fsdp, tensor, data, **{**settings, **({"expert": 1} if mesh else {})})
 
 
 @cache
@@ -95,7 +108,7 @@ def run_of(case: str) -> Run:
 
 @cache
 def torch_run(case: str) -> Run:
-    plan = small.torch_plan(**{**CASES[case][1], "remat": "none"})
+    plan = small.torch_plan(**{**CASES[case][1], "remat": "none", "expert": 1})
     return steps_of(TorchBackend(plan), plan)
 
 
@@ -143,7 +156,7 @@ def test_adapters_alone_are_saved_and_go_on_over_their_base_on_another_mesh(
     backend = XlaBackend(plan, tuple(range(8)))
     checkpointer = Checkpointer(plan, backend, tmp_path / "checkpoints")
     saved = checkpointer.restore(3, tuple(plan.parts), lambda run: None).parts
-    base = model_weights(plan, backend, small.DictSource(small.weights_of(small.reference())))
+    base = model_weights(plan, backend, small.DictSource(small.weights_of(base_of(plan))))
     parts = {**saved, PARAMS: joined_weights(backend, base, saved[PARAMS])}
     restored = Run(plan, backend, join_parts(parts, not_halted(backend)), [], 0)
     expected = whole_parts(run)

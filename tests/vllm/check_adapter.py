@@ -4,8 +4,9 @@
 
 It runs in the environment that tools/ci/make_vllm_env.sh builds. DIR is the model that the adapter was
 trained on, with weights that bfloat16 holds exactly, as training held them; reference.json is what
-make_reference.py writes for the merged model in float32. vLLM computes in float32; comparison and near-ties are as in
-check_export.py. Without the adapter the same model must generate something else, or the check says nothing.
+make_reference.py writes for the merged model in float32. vLLM computes in float32; comparison and near-ties
+are as in check_export.py. Without the adapter the same model must generate something else, or the check says
+nothing.
 
 Every problem is printed on a line of its own. The last line is JSON with the counts. Exit status: 0 no
 problem, 1 some.

@@ -13,8 +13,9 @@ from tptrain.config.trainable import FROZEN_DTYPE
 from tptrain.family import ParamRow
 from tptrain.family.lora import module_of
 
-# Of a matrix in float32; beside it are what is read of the base and what is added.
-_BLOCK_BYTES = 32 * 2**20
+# Of a matrix in float32. A few times as much is in memory for each row that is read: what came from the base,
+# and the result.
+_BLOCK_BYTES = 8 * 2**20
 
 
 class MergedReader:
