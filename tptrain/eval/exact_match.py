@@ -61,11 +61,19 @@ class ExactMatch:
     skipped: problems left out: not two texts, or too long for the positions with an answer behind them.
     """
 
-    def __init__(self, plan: Plan, backend: Backend, tokenizer: PreTrainedTokenizerFast):
-        """Reads the problems that the plan's eval section names. Raises ProblemsError when it cannot."""
+    def __init__(
+        self,
+        plan: Plan,
+        backend: Backend,
+        tokenizer: PreTrainedTokenizerFast,
+        validation: Sequence[Mapping[str, Any]] | None = None,
+    ):
+        """Reads the problems that the plan's eval section names. Raises ProblemsError when it cannot.
+
+        validation: the records that data.validation has set apart, if any.
+        """
         section, data = plan.recipe.eval, plan.recipe.data
-        setting, path = ("eval.path", section.path) if section.path else ("data.path", data.path)
-        records = load_records(path, section.subset, section.split, section.problems, setting)
+        records = _records(plan, validation)
         raise_if_any(check_columns(records, data))
         self._tokenizer = tokenizer
         room = plan.facts.max_position_embeddings - section.max_new_tokens
@@ -94,6 +102,15 @@ class ExactMatch:
             Answer(problem.question, problem.prompt, problem.reference, text)
             for problem, text in zip(self._problems, texts, strict=True)
         ]
+
+
+def _records(plan: Plan, validation: Sequence[Mapping[str, Any]] | None) -> Sequence[Mapping[str, Any]]:
+    """The held-out problems: from eval.path, or the builtin's own, or those set apart."""
+    section, data = plan.recipe.eval, plan.recipe.data
+    if section.path is None and validation is not None and not data.path.startswith("builtin:"):
+        return validation[: section.problems]
+    setting, path = ("eval.path", section.path) if section.path else ("data.path", data.path)
+    return load_records(path, section.subset, section.split, section.problems, setting)
 
 
 def _fitting_problems(

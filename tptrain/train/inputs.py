@@ -14,11 +14,12 @@ from tptrain.backends.base import TensorSource
 from tptrain.ckpt.steps import is_step_folder
 from tptrain.config.plan import Plan
 from tptrain.data.batches import Batches, run_length
-from tptrain.data.dataset import tokenize_records
+from tptrain.data.dataset import TokenizedDataset, tokenize_records
 from tptrain.data.render import all_texts
-from tptrain.data.sources import load_records
+from tptrain.data.sources import Record, load_records
+from tptrain.data.split import split_records
 from tptrain.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
-from tptrain.errors import raise_if_any
+from tptrain.errors import ProblemsError, raise_if_any
 from tptrain.jaxside.random_init import RandomSource
 from tptrain.train.folder import RunFolder, resumes
 from tptrain.weights import (
@@ -34,26 +35,61 @@ from tptrain.weights import (
 class Prepared:
     """Everything that reading the inputs yields, before a device is touched.
 
-    data_digest: `TokenizedDataset.digest`: what a run that goes on compares.
+    data_digest:      `TokenizedDataset.digest`: what a run that goes on compares.
+    held_out:         rows for the held-out loss, None where it is not measured.
+    held_out_records: the records that data.validation sets apart, None without it.
     """
 
     tokenizer: PreTrainedTokenizerFast
     batches: Batches
     data_digest: str
+    held_out: TokenizedDataset | None = None
+    held_out_records: list[Record] | None = None
 
 
 def prepare(plan: Plan, folder: RunFolder, console: Console) -> Prepared:
     """Read records and tokenizer; tokenise."""
     recipe = plan.recipe
     data = recipe.data
-    records = load_records(data.path, data.subset, data.split, data.max_records)
+    records, validation = load_records(data.path, data.subset, data.split, data.max_records), None
+    if data.validation:
+        records, validation = split_records(records, data)
     tokenizer = _tokenizer(plan, folder, records)
     raise_if_any(check_tokenizer(tokenizer, plan.facts.vocab_size))
     dataset, counts = tokenize_records(records, tokenizer, data)
     console.print(f"Data: {counts}.")
     total_samples = run_length(len(dataset), recipe.schedule, data.batch_rows).total_samples
     batches = Batches(dataset, data, recipe.optim.accumulation, total_samples)
-    return Prepared(tokenizer, batches, dataset.digest())
+    held_out = _held_out(plan, tokenizer, validation, console)
+    return Prepared(tokenizer, batches, dataset.digest(), held_out, validation)
+
+
+def _held_out(
+    plan: Plan, tokenizer: PreTrainedTokenizerFast, validation: list[Record] | None, console: Console
+) -> TokenizedDataset | None:
+    """The rows of the held-out loss, rendered like those of training; None where it is not measured."""
+    section, data = plan.recipe.eval, plan.recipe.data
+    if validation is not None:
+        setting, records = "data.validation", validation
+    elif section.loss_path is not None:
+        setting = "eval.loss_path"
+        records = load_records(
+            section.loss_path, section.subset, section.split, section.loss_records, setting
+        )
+    else:
+        return None
+    try:
+        dataset, counts = tokenize_records(records, tokenizer, data)
+    except ProblemsError as error:
+        # Columns and lengths are the same settings for all records; where they come from is not.
+        value = data.validation if validation is not None else section.loss_path
+        problems = [
+            replace(problem, setting=setting, value=value) if problem.setting == "data.path" else problem
+            for problem in error.problems
+        ]
+        raise ProblemsError(problems) from error
+    console.print(f"Held out: {counts}.")
+    return dataset
 
 
 def _tokenizer(plan: Plan, folder: RunFolder, records: list[dict[str, Any]]) -> PreTrainedTokenizerFast:

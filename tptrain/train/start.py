@@ -12,8 +12,8 @@ from tptrain.ckpt.checkpointer import Checkpointer
 from tptrain.ckpt.reading import read_run
 from tptrain.ckpt.restoring import restore_part
 from tptrain.ckpt.steps import set_aside
+from tptrain.config.evaluation_checks import meeting_problems
 from tptrain.config.plan import Plan
-from tptrain.config.recipe_checks import meeting_problems
 from tptrain.config.state_parts import PARAMS
 from tptrain.data.batches import RunLength, run_length
 from tptrain.errors import Problem, raise_if_any
