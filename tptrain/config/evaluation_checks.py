@@ -116,7 +116,7 @@ def _requirement_problems(recipe: Recipe) -> list[Problem]:
             problems.append(Problem("export.require", text, rule, other, "such as exact_match>=before"))
         elif found.metric not in HIGHER_IS_BETTER:
             problems.append(unknown_name("export.require", found.metric, "metric", HIGHER_IS_BETTER))
-        elif found.metric not in measured:
+        elif found.metric not in measured and recipe.export.enabled:
             rule, fix = "needs its metric to be measured", f"none, or {MEASURED_BY[found.metric]} beside it"
             problems.append(Problem("export.require", text, rule, _measured_text(recipe), fix))
     return problems

@@ -66,19 +66,23 @@ class RowScorer:
 
     def start(self, params: Tensors, batch: Batch, micro: int = 0) -> Tensors:
         """Have the devices score one micro-batch; what it gives goes to `fetch`, which waits for them."""
-        rows = self._backend.put_batch({name: getattr(batch, name)[micro] for name in _ROWS})
-        weights = {f"{PARAMS}/{name}": tensor for name, tensor in params.items()}
-        inputs = {**weights, **self._constants, **rows}
-        shape = batch.tokens.shape[1:]
+        inputs, shape = self.inputs(params, batch, micro), batch.tokens.shape[1:]
         if shape not in self._programs:
-            self._programs[shape] = self._backend.compile_step(self._function(), {}, inputs, {})
+            self._programs[shape] = self._backend.compile_step(self.function(), {}, inputs, {})
         return self._programs[shape]({}, inputs)[1]
 
     def fetch(self, outputs: Tensors) -> RowTotals:
         sums = self._backend.fetch_scalars(outputs)
         return RowTotals(sums["loss_sum"], round(sums["counted"]), round(sums["correct"]))
 
-    def _function(self) -> StepFunction:
+    def inputs(self, params: Tensors, batch: Batch, micro: int = 0) -> Tensors:
+        """What the program reads: weights, the decoder's constants, and the rows of a micro-batch."""
+        rows = self._backend.put_batch({name: getattr(batch, name)[micro] for name in _ROWS})
+        weights = {f"{PARAMS}/{name}": tensor for name, tensor in params.items()}
+        return {**weights, **self._constants, **rows}
+
+    def function(self) -> StepFunction:
+        """The program before it is compiled; it has no state."""
         prefix = f"{PARAMS}/"
 
         def score_rows(state: Tensors, inputs: Tensors) -> tuple[Tensors, Tensors]:
