@@ -25,7 +25,7 @@ PLANNING = (
 # A part of the package may import itself and the parts before it.
 LAYERS = (
     *PLANNING,
-    *("heap", "models", "data", "weights"),
+    *("heap", "models", "data", "inspection", "weights"),
     *("jaxside", "backends", "ckpt", "generate", "export", "convert", "eval", "train"),
     *("dryrun", "cli", "__main__"),
 )

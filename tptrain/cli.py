@@ -32,6 +32,8 @@ usage: tptrain COMMAND ...
   tptrain search RECIPE topology=v5p-32 [...]        rank meshes, remat policies and micro-batches by speed
       --compile N  --batch N,M  --price USD          how many are compiled, other batch rows, cost of tokens
       --libtpu PATH  --cache DIR  --json             as above; Ctrl-C shows what is known, the same goes on
+  tptrain data inspect RECIPE [setting=value ...]    the records as the model will see them: tokens, mask,
+      roles --rows N  --html FILE  --json                  how many are shown, a page of it, one JSON object
   tptrain train RECIPE [setting=value ...]           train, and export a Hugging Face folder
       --resume auto|never|STEP                       go on with the run in output_dir (resume=...)
       --unverified                                   also from a checkpoint without digests (unverified=true)
@@ -143,6 +145,23 @@ def _train_command(args: list[str]) -> int:
     return _train(recipe, overrides, "tptrain train RECIPE")
 
 
+def _data_command(args: list[str]) -> int:
+    from tptrain.inspection.command import USAGE as INSPECT_USAGE
+    from tptrain.inspection.command import inspect, read_options
+
+    if not args or args[0] in _HELP or (args[0] == "inspect" and args[1:2] and args[1] in _HELP):
+        print(INSPECT_USAGE, end="")
+        return _OK if args else _REFUSED
+    if args[0] != "inspect":
+        raise refuse("data", args[0], "is not a command of data", "commands: inspect", "tptrain data inspect")
+    options, rest = read_options(args[1:])
+    recipe, overrides = _recipe_and_overrides("data inspect", rest)
+    if _asks_help(overrides):
+        return _show_help(recipe, "tptrain data inspect RECIPE")
+    raise_if_any(inspect(recipe, overrides, options))
+    return _OK
+
+
 def _generate_command(args: list[str]) -> int:
     from tptrain.generate.command import main as generate_main
 
@@ -153,6 +172,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": _plan_command,
     "dryrun": _dryrun_command,
     "search": _search_command,
+    "data": _data_command,
     "train": _train_command,
     "generate": _generate_command,
 }

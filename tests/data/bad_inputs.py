@@ -61,7 +61,7 @@ def misspelt_split(folder: Path) -> None:
 def hub_split(folder: Path) -> None:
     """A data set that `datasets` finds by itself, as it would one in its cache."""
     (folder / "train.jsonl").write_text(json.dumps(RECORDS[0]) + "\n")
-    sources._hub(str(folder), None, "validation", None, "data.path")
+    sources._hub(str(folder), None, "validation", "data.path")
 
 
 def damaged_tokenizer(folder: Path, text: str) -> None:

@@ -12,7 +12,7 @@ from tptrain.config.schema import DataSection, ScheduleSection
 from tptrain.data.batches import Batch, Batches, RunLength, prefetch, run_length
 from tptrain.data.dataset import TokenizedDataset
 from tptrain.data.order import sample_at
-from tptrain.data.render import Rendered
+from tptrain.data.rendered import Rendered
 
 PAD = 99
 SEQ_LEN = 7

@@ -21,17 +21,17 @@ from tests.data.tokenizers_of_all_kinds import (
 from tptrain.config.schema import DataSection
 from tptrain.data.chat import (
     BEGUN_OTHERWISE,
-    NO_ANSWER,
     NO_QUESTION,
     REFUSED,
     REWRITTEN,
     UNENDED,
+    ChatRenderer,
     chat_problems,
-    question_ids,
-    render_conversation,
 )
 from tptrain.data.dataset import tokenize_records
-from tptrain.data.render import BOUNDARY, EMPTY_COMPLETION, MISSING_COLUMN, NOT_TEXT, Rendered, all_texts
+from tptrain.data.records import conversation as conversation_of
+from tptrain.data.render import Renderer, texts_of
+from tptrain.data.rendered import BOUNDARY, EMPTY_COMPLETION, MISSING_COLUMN, NO_ANSWER, NOT_TEXT, Rendered
 from tptrain.errors import ProblemsError
 
 Messages = list[dict[str, str]]
@@ -155,6 +155,14 @@ def end_of(tokenizer: PreTrainedTokenizerFast, form: Form) -> str:
     return form.end if form.end in form.special else str(tokenizer.eos_token)
 
 
+CHAT = DataSection(preset="chat")
+
+
+def render_conversation(tokenizer: PreTrainedTokenizerFast, messages: Any) -> Rendered | str:
+    found = conversation_of(messages, None, CHAT)
+    return next(ChatRenderer(tokenizer).render([found]))
+
+
 def rendered(tokenizer: PreTrainedTokenizerFast, messages: Messages) -> Rendered:
     found = render_conversation(tokenizer, messages)
     assert isinstance(found, Rendered), found
@@ -224,7 +232,7 @@ def test_a_served_question_is_what_comes_before_the_answer() -> None:
     tokenizer, messages = tokenizer_of(CHATML), conversation(3, 1)
     found = rendered(tokenizer, messages)
     begin = int(np.flatnonzero(found.loss_mask)[0])
-    assert found.ids[:begin].tolist() == question_ids(tokenizer, messages[0]["content"])
+    assert found.ids[:begin].tolist() == Renderer(tokenizer, CHAT).question_ids(messages[0]["content"])
 
 
 def test_a_new_line_among_the_added_tokens_ends_no_turn() -> None:
@@ -374,7 +382,7 @@ def test_a_data_set_of_conversations() -> None:
     for index in range(5):
         ids, mask = dataset.row(index)
         assert_exact(tokenizer, records[index]["messages"], CHATML.end, Rendered(ids, mask))
-    texts = all_texts(records, section)
+    texts = list(texts_of(records, section))
     assert len(texts) == 20
     assert texts[0] == records[0]["messages"][0]["content"]
 

@@ -11,26 +11,18 @@ from transformers import PreTrainedTokenizerFast
 
 from tptrain.config.schema import DataSection
 from tptrain.data.dataset import NOTHING_COUNTED, TOO_LONG, Counts, TokenizedDataset, tokenize_records
-from tptrain.data.render import (
-    BOUNDARY,
-    EMPTY_COMPLETION,
-    MISSING_COLUMN,
-    NOT_TEXT,
-    Rendered,
-    record_texts,
-    render,
-)
+from tptrain.data.render import Renderer
+from tptrain.data.rendered import BOUNDARY, EMPTY_COMPLETION, MISSING_COLUMN, NOT_TEXT, Rendered
 from tptrain.data.sources import load_records
 from tptrain.data.tokenizer import train_tokenizer
 from tptrain.data.word_problems import training_records
+from tptrain.errors import ProblemsError
 
 GSM8K = DataSection(preset="gsm8k", seq_len=128)
 
 
 def rendered(record: dict[str, str], tokenizer: PreTrainedTokenizerFast) -> Rendered:
-    texts = record_texts(record, GSM8K)
-    assert not isinstance(texts, str)
-    row = render(tokenizer, *texts)
+    row = next(Renderer(tokenizer, GSM8K)([record]))
     assert isinstance(row, Rendered)
     return row
 
@@ -55,7 +47,7 @@ def test_rows_are_what_the_render_function_makes(tokenizer: PreTrainedTokenizerF
 
 
 def test_every_dropped_record_is_counted_under_its_reason(tokenizer: PreTrainedTokenizerFast) -> None:
-    section = DataSection(seq_len=8)
+    section = DataSection(seq_len=8, max_unlabelled=1)
     records = [
         {"prompt": "a", "completion": " b"},
         {"prompt": "a", "completion": ""},
@@ -88,7 +80,9 @@ def test_seq_len_is_the_longest_row_with_eos(tokenizer: PreTrainedTokenizerFast)
 
 def test_truncation_that_leaves_only_the_prompt_is_a_drop(tokenizer: PreTrainedTokenizerFast) -> None:
     records = [{"prompt": "1234567", "completion": " 8"}, {"prompt": "1", "completion": " 2"}]
-    _, counts = tokenize_records(records, tokenizer, DataSection(seq_len=8, too_long="truncate"))
+    _, counts = tokenize_records(
+        records, tokenizer, DataSection(seq_len=8, too_long="truncate", max_unlabelled=0.5)
+    )
     assert (counts.kept, counts.truncated, counts.dropped) == (1, 0, {NOTHING_COUNTED: 1})
 
 
@@ -136,3 +130,16 @@ def test_limits_inside_a_tokenizer_file_do_not_cut(
     limited.backend_tokenizer.enable_padding(length=64)
     record = training_records(1, seed=2)[0]
     np.testing.assert_array_equal(rendered(record, limited).ids, rendered(record, tokenizer).ids)
+
+
+def test_too_many_records_without_anything_to_learn_stop_the_run(tokenizer: PreTrainedTokenizerFast) -> None:
+    records = [{"prompt": "a", "completion": " b"}] * 8 + [{"prompt": "a", "completion": " "}] * 2
+    tokenize_records(records, tokenizer, DataSection(max_unlabelled=0.2))
+    with pytest.raises(ProblemsError) as caught:
+        tokenize_records(records, tokenizer, DataSection(max_unlabelled=0.19))
+    (problem,) = caught.value.problems
+    assert (problem.setting, problem.value) == ("data.max_unlabelled", 0.19)
+    assert problem.other == "2 of 10 records: 2 empty completion"
+    assert problem.fix.startswith("data.max_unlabelled=0.2,")
+    with pytest.raises(ProblemsError, match="max_unlabelled"):
+        tokenize_records(records * 2, tokenizer, DataSection())

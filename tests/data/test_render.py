@@ -8,19 +8,9 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.data.tokenizers_of_all_kinds import across_words, byte_level_with_eos, byte_level_without_bos
 from tptrain.config.schema import DataSection
-from tptrain.data.render import (
-    BOUNDARY,
-    EMPTY_COMPLETION,
-    MISSING_COLUMN,
-    NOT_TEXT,
-    Rendered,
-    check_columns,
-    encode_prompt,
-    prompt_text,
-    record_texts,
-    render,
-    render_many,
-)
+from tptrain.data.pairs import encode_prompt, render_pairs
+from tptrain.data.records import Pair, Record, check_columns, said
+from tptrain.data.rendered import BOUNDARY, EMPTY_COMPLETION, MISSING_COLUMN, NOT_TEXT, Rendered
 from tptrain.data.sources import load_records
 from tptrain.data.word_problems import training_records
 
@@ -32,6 +22,17 @@ PAIRS = [
     ("a\n\n", "b"),
     ("no letters seen before: ßµ🙂\n", "🙂🙂 done"),
 ]
+
+
+def render(tokenizer: PreTrainedTokenizerFast, prompt: str, completion: str) -> Rendered | str:
+    return render_pairs(tokenizer, [prompt], [completion])[0]
+
+
+def texts_said(record: Record, section: DataSection) -> tuple[str, str]:
+    """Prompt and completion of a record that has them."""
+    found = said(record, section)
+    assert isinstance(found, Pair), found
+    return found.prompt, found.completion
 
 
 def counted_text(tokenizer: PreTrainedTokenizerFast, rendered: Rendered) -> str:
@@ -123,7 +124,7 @@ def test_empty_prompt_counts_all_but_the_first_token(texts: list[str]) -> None:
 def test_many_equals_one_by_one(exact_tokenizer: PreTrainedTokenizerFast) -> None:
     prompts, completions = zip(*PAIRS, strict=True)
     for together, alone in zip(
-        render_many(exact_tokenizer, prompts, completions),
+        render_pairs(exact_tokenizer, prompts, completions),
         [render(exact_tokenizer, *pair) for pair in PAIRS],
         strict=True,
     ):
@@ -135,7 +136,7 @@ def test_many_equals_one_by_one(exact_tokenizer: PreTrainedTokenizerFast) -> Non
 
 def test_docstring_example(tokenizer: PreTrainedTokenizerFast) -> None:
     record = {"question": "1+1?", "answer": "2"}
-    texts = record_texts(record, GSM8K)
+    texts = texts_said(record, GSM8K)
     assert texts == ("Question: 1+1?\nAnswer:", " 2")
     rendered = render(tokenizer, *texts)
     assert isinstance(rendered, Rendered)
@@ -148,7 +149,7 @@ def test_chat_template_sends_what_was_trained_on(tokenizer: PreTrainedTokenizerF
     record = training_records(1, seed=8)[0]
     turn = [{"role": "user", "content": record["question"]}]
     sent = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
-    assert sent == encode_prompt(tokenizer, prompt_text(record, GSM8K))
+    assert sent == encode_prompt(tokenizer, texts_said(record, GSM8K)[0])
     answered = [*turn, {"role": "assistant", "content": record["answer"]}]
     rendered = render(tokenizer, *_texts(record))
     assert isinstance(rendered, Rendered)
@@ -156,17 +157,17 @@ def test_chat_template_sends_what_was_trained_on(tokenizer: PreTrainedTokenizerF
 
 
 def _texts(record: dict[str, str]) -> tuple[str, str]:
-    texts = record_texts(record, GSM8K)
+    texts = texts_said(record, GSM8K)
     assert not isinstance(texts, str)
     return texts
 
 
 def test_presets_and_columns() -> None:
     record = {"prompt": "p", "completion": "c", "question": "q", "answer": "a", "text": "t"}
-    assert record_texts(record, DataSection()) == ("p", "c")
-    assert record_texts(record, GSM8K) == ("Question: q\nAnswer:", " a")
-    assert record_texts(record, DataSection(prompt_column="text", completion_column="answer")) == ("t", "a")
-    assert prompt_text(record, DataSection(preset="gsm8k", prompt_column="text")) == "Question: t\nAnswer:"
+    assert texts_said(record, DataSection()) == ("p", "c")
+    assert texts_said(record, GSM8K) == ("Question: q\nAnswer:", " a")
+    assert texts_said(record, DataSection(prompt_column="text", completion_column="answer")) == ("t", "a")
+    assert texts_said(record, DataSection(preset="gsm8k", prompt_column="text"))[0] == "Question: t\nAnswer:"
 
 
 ALPACA = DataSection(preset="alpaca")
@@ -186,8 +187,8 @@ WITHOUT = "### Instruction:\nAdd.\n\n### Response:\n"
 )
 def test_alpaca_has_a_form_with_and_one_without_input(more: dict[str, object], prompt: str) -> None:
     record = {"instruction": "Add.", "output": "7", **more}
-    assert record_texts(record, ALPACA) == (prompt, "7")
-    assert prompt_text(record, ALPACA) == prompt
+    assert texts_said(record, ALPACA) == (prompt, "7")
+    assert texts_said(record, ALPACA)[0] == prompt
 
 
 @pytest.mark.parametrize(
@@ -200,14 +201,14 @@ def test_alpaca_has_a_form_with_and_one_without_input(more: dict[str, object], p
     ],
 )
 def test_reasons_to_drop_an_instruction(record: dict[str, object], reason: str) -> None:
-    assert record_texts(record, ALPACA) == reason
+    assert said(record, ALPACA) == reason
 
 
 @pytest.mark.parametrize("more", [{}, {"input": "48 + 3, {braces}"}])
 def test_alpaca_counts_the_output_alone(
     exact_tokenizer: PreTrainedTokenizerFast, more: dict[str, str]
 ) -> None:
-    texts = record_texts({"instruction": "How many coins?", "output": "51 coins.\n", **more}, ALPACA)
+    texts = texts_said({"instruction": "How many coins?", "output": "51 coins.\n", **more}, ALPACA)
     assert not isinstance(texts, str)
     rendered = render(exact_tokenizer, *texts)
     assert isinstance(rendered, Rendered)
@@ -216,14 +217,14 @@ def test_alpaca_counts_the_output_alone(
 
 def test_columns_of_instructions_may_be_named_and_are_recognised() -> None:
     section = DataSection(preset="alpaca", prompt_column="task", completion_column="answer")
-    assert record_texts({"task": "Add.", "answer": "7"}, section) == (WITHOUT, "7")
-    problems = check_columns([{"instruction": "a", "input": "", "output": "b"}], DataSection())
+    assert texts_said({"task": "Add.", "answer": "7"}, section) == (WITHOUT, "7")
+    problems = check_columns({"instruction", "input", "output"}, DataSection())
     assert {problem.fix for problem in problems} == {"data.preset=alpaca"}
 
 
 def test_braces_in_a_record_are_kept() -> None:
     record = {"question": "What is {a} in {}?", "answer": "{0}"}
-    assert record_texts(record, GSM8K) == ("Question: What is {a} in {}?\nAnswer:", " {0}")
+    assert texts_said(record, GSM8K) == ("Question: What is {a} in {}?\nAnswer:", " {0}")
 
 
 @pytest.mark.parametrize(
@@ -237,24 +238,24 @@ def test_braces_in_a_record_are_kept() -> None:
     ],
 )
 def test_reasons_to_drop(record: dict[str, object], reason: str) -> None:
-    assert record_texts(record, DataSection()) == reason
+    assert said(record, DataSection()) == reason
 
 
 def test_missing_columns_are_reported_together() -> None:
-    problems = check_columns([{"text": 1}, {"summary": 2}], DataSection())
+    problems = check_columns({"text", "summary"}, DataSection())
     assert [problem.setting for problem in problems] == ["data.prompt_column", "data.completion_column"]
     assert all(problem.other == "columns: summary, text" for problem in problems)
 
 
 def test_column_that_some_record_has_is_no_problem() -> None:
-    assert not check_columns([{"prompt": "p"}, {"prompt": "p", "completion": "c"}], DataSection())
+    assert not check_columns({"prompt", "completion"}, DataSection())
 
 
 def test_gsm8k_masks_count_the_answers(gsm8k: object) -> None:
     records = load_records(f"{gsm8k}/train.jsonl", None, "train", 300)
     pairs = [_texts(record) for record in records]
     tokenizer = byte_level_without_bos([prompt + completion for prompt, completion in pairs])
-    rendered = render_many(tokenizer, *zip(*pairs, strict=True))
+    rendered = render_pairs(tokenizer, *zip(*pairs, strict=True))
     for one, (_, completion) in zip(rendered, pairs, strict=True):
         assert isinstance(one, Rendered)
         assert counted_text(tokenizer, one) == completion

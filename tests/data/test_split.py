@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from tptrain.config import DataSection
-from tptrain.data.sources import load_records
+from tptrain.data.sources import Record, Records, open_records
 from tptrain.data.split import content_hash, split_records
 from tptrain.errors import ProblemsError
 
@@ -25,20 +25,25 @@ def records(count: int = 2000) -> list[dict[str, Any]]:
     return [{"question": f"What is {n} and {n + 7}?", "answer": f"It is {2 * n + 7}."} for n in range(count)]
 
 
+def split(found: list[Record], section: DataSection) -> tuple[list[Record], list[Record]]:
+    training, held_out = split_records(Records(lambda: iter(found), "made here"), section)
+    return list(training), list(held_out)
+
+
 def questions(found: list[dict[str, Any]]) -> set[str]:
     return {record["question"] for record in found}
 
 
 def test_the_sides_do_not_depend_on_order_seed_or_what_else_is_there() -> None:
-    training, held_out = split_records(records(), SECTION)
+    training, held_out = split(records(), SECTION)
     assert len(training) + len(held_out) == 2000 and not questions(training) & questions(held_out)
     assert 150 <= len(held_out) <= 250, "a tenth, within four standard deviations"
     shuffled = random.Random(4).sample(records(), 2000)
-    other_training, other = split_records(shuffled, replace(SECTION, seed=5))
+    other_training, other = split(shuffled, replace(SECTION, seed=5))
     assert questions(other) == questions(held_out)
     assert other == [record for record in shuffled if record["question"] in questions(held_out)], "in order"
     assert other_training == [record for record in shuffled if record not in other]
-    _, of_some = split_records(records()[500:900], SECTION)
+    _, of_some = split(records()[500:900], SECTION)
     assert questions(of_some) == questions(held_out) & questions(records()[500:900])
 
 
@@ -48,15 +53,25 @@ def test_it_is_the_same_side_in_every_version() -> None:
     assert hashes == [8702765072699435048, 8149211120398407331, 9477193324529532388]
 
 
+def test_the_parts_have_names_and_digests_of_their_own(tmp_path: Path) -> None:
+    """Or the cache of tokenised records would take one for the other."""
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(record) for record in records(200)))
+    whole = open_records(str(tmp_path / "a.jsonl"), None, "train", None)
+    found = [whole.digest()]
+    for share in (0.1, 0.2):
+        found += [part.digest() for part in split_records(whole, replace(SECTION, validation=share))]
+    assert len(set(found)) == 5
+
+
 def test_copies_stay_together_also_with_other_columns_beside() -> None:
     copies = [{**record, "id": f"{n}-{record['question']}"} for n in range(3) for record in records(300)]
-    training, held_out = split_records(copies, SECTION)
+    training, held_out = split(copies, SECTION)
     assert set(Counter(record["question"] for record in held_out).values()) == {3}
     assert not questions(training) & questions(held_out)
 
 
 def test_a_larger_share_holds_out_what_a_smaller_one_does() -> None:
-    sides = [questions(split_records(records(), replace(SECTION, validation=v))[1]) for v in (0.02, 0.1, 0.5)]
+    sides = [questions(split(records(), replace(SECTION, validation=v))[1]) for v in (0.02, 0.1, 0.5)]
     assert sides[0] < sides[1] < sides[2]
 
 
@@ -72,7 +87,7 @@ def test_parquet_and_jsonl_copies_are_split_alike(tmp_path: Path) -> None:
     section = DataSection(path="a", preset="chat", validation=0.1)
     held_out = []
     for name in ("a.jsonl", "a.parquet"):
-        loaded = load_records(str(tmp_path / name), None, "train", None)
+        loaded = open_records(str(tmp_path / name), None, "train", None)
         held_out.append([r["messages"][0]["content"] for r in split_records(loaded, section)[1]])
     assert held_out[0] == held_out[1] and 10 < len(held_out[0]) < 90
 
@@ -80,7 +95,7 @@ def test_parquet_and_jsonl_copies_are_split_alike(tmp_path: Path) -> None:
 def test_the_second_text_of_a_prompt_is_content_too() -> None:
     section = DataSection(path="a", preset="alpaca", validation=0.3)
     made = [{"instruction": "Add.", "input": f"{n}", "output": "sum"} for n in range(200)]
-    training, held_out = split_records(made, section)
+    training, held_out = split(made, section)
     assert training and held_out
 
 
@@ -89,7 +104,7 @@ def test_the_second_text_of_a_prompt_is_content_too() -> None:
 )
 def test_a_side_without_records_is_refused(share: float, fix: str) -> None:
     with pytest.raises(ProblemsError) as refused:
-        split_records(records(20), replace(SECTION, validation=share))
+        split(records(20), replace(SECTION, validation=share))
     (problem,) = refused.value.problems
     assert (problem.setting, problem.value) == ("data.validation", share)
     assert "of 20 records" in problem.other and "both to train on and to hold out" in problem.rule

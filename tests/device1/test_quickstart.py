@@ -20,4 +20,6 @@ def test_held_out_problems_are_answered_after_training_only(tmp_path):
     assert result.after.exact.rate >= 0.8
     assert len({record.compiles for record in read_journal(tmp_path / "run" / "journal.jsonl")}) == 1
     assert is_held_out((33, 3)), "the first problem that the quickstart shows"
-    assert result.after.exact.answers[0].question.startswith("Finn has 33 shells. Noah has 3 times as many.")
+    assert result.after.exact.answers[0].problem.question.startswith(
+        "Finn has 33 shells. Noah has 3 times as many."
+    )

@@ -15,7 +15,6 @@ from tptrain.backends.torch_backend import TorchBackend
 from tptrain.config import Plan
 from tptrain.config.planning import plan_recipe
 from tptrain.data.batches import Batch
-from tptrain.data.in_order import batches_in_order
 from tptrain.eval.held_out import HeldOut, HeldOutScore, RowScorer, RowTotals
 from tptrain.models.loss import LossChunks, Projection, token_scores
 from tptrain.models.marks import Marks
@@ -121,11 +120,28 @@ def test_a_routers_loss_has_no_part_in_it() -> None:
     assert router_loss > 1e-3
 
 
-def test_every_row_is_in_one_batch_and_empty_rows_fill_the_last() -> None:
-    batches = list(batches_in_order(dataset(), 5, small.TOKENS))
+def test_packed_rows_score_the_same_in_fewer_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = with_rows(small.torch_plan(), 2)
+    data = replace(plan.recipe.data, packing="best_fit")
+    packed = plan_recipe(replace(plan.recipe, data=data), environ={})
+    batches, start = [], RowScorer.start
+    monkeypatch.setattr(RowScorer, "start", lambda *args: batches.append(args[2]) or start(*args))
+    alone = score(plan)
+    assert len(batches) == -(-len(LENGTHS) // 2)
+    batches.clear()
+    ours = score(packed)
+    assert len(batches) < 0.7 * len(LENGTHS) / 2
+    assert max(batch.segment_ids.max() for batch in batches) > 1
+    assert ours.loss == pytest.approx(alone.loss, rel=1e-6)
+    assert (ours.token_accuracy, ours.counted_tokens) == (alone.token_accuracy, alone.counted_tokens)
+
+
+def test_every_row_is_scored_once_and_empty_rows_fill_the_last_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches, start = [], RowScorer.start
+    monkeypatch.setattr(RowScorer, "start", lambda *args: batches.append(args[2]) or start(*args))
+    score(with_rows(small.torch_plan(), 5))
     assert [batch.tokens.shape for batch in batches] == 3 * [(1, 5, small.TOKENS)]
     lengths = [int(row.sum()) for batch in batches for row in batch.segment_ids[0]]
-    assert lengths == [*LENGTHS, 0, 0]
+    assert sorted(lengths[:13]) == sorted(LENGTHS) and lengths[13:] == [0, 0]
     last = batches[-1]
     assert (last.tokens[0, 3:] == PAD).all() and not last.weights[0, 3:].any()
-    assert sum(batch.counted_tokens for batch in batches) == int(dataset().loss_mask.sum())

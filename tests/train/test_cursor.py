@@ -6,7 +6,7 @@ import pytest
 from tptrain.config import DataSection, ScheduleSection
 from tptrain.data.batches import Batches, RunLength, prefetch, run_length
 from tptrain.data.dataset import TokenizedDataset
-from tptrain.data.render import Rendered
+from tptrain.data.rendered import Rendered
 
 RECORDS = 11
 

@@ -23,7 +23,7 @@ from tptrain.config import (
 )
 from tptrain.config.planning import plan_recipe
 from tptrain.data.dataset import tokenize_records
-from tptrain.data.sources import load_records
+from tptrain.data.sources import open_records
 from tptrain.data.split import split_records
 from tptrain.errors import ProblemsError
 from tptrain.eval.held_out import HeldOutScore
@@ -106,7 +106,7 @@ def test_the_held_out_loss_is_transformers_loss_of_the_export(run, recipe, recor
         data=data, export=ExportSection(dtype="float32"), schedule=ScheduleSection(max_steps=12)
     )
     tokenizer = AutoTokenizer.from_pretrained(result.export_dir)
-    training, held = split_records(load_records(str(records), None, "train", 200), data)
+    training, held = map(list, split_records(open_records(str(records), None, "train", 200), data))
     rows, _ = tokenize_records(held, tokenizer, data)
     assert len(training) + len(rows) == 200 and len(rows) % batch_rows
     loss, accuracy = transformers_scores(result.export_dir, rows)
@@ -129,8 +129,8 @@ def test_records_set_apart_are_not_trained_on_and_may_be_asked(run, recipe, reco
     )
     section = EvalSection(problems=5, max_new_tokens=4, batch_rows=5)
     result, _ = run(data=data, eval=section, schedule=ScheduleSection(epochs=1))
-    training, held = split_records(load_records(str(records), None, "train", 60), data)
-    asked = [answer.question for answer in result.after.exact.answers]
+    training, held = map(list, split_records(open_records(str(records), None, "train", 60), data))
+    asked = [answer.problem.question for answer in result.after.exact.answers]
     assert asked == [record["question"] for record in held[:5]]
     assert read_journal(folder / "journal.jsonl")[-1].cursor == len(training)
     assert set(result.after.metrics) == {"exact_match", "held_out_loss", "token_accuracy"}

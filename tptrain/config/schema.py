@@ -45,25 +45,50 @@ class DataSection:
     """Configuration name of a hub data set, such as "main"."""
     split: str = "train"
     """Split of a hub data set or of a saved DatasetDict."""
-    preset: Literal["prompt_completion", "gsm8k", "alpaca", "chat"] = "prompt_completion"
-    """How a record becomes prompt and completion; gsm8k: "Question: ...\\nAnswer:" and " ...", from question
-    and answer; alpaca: from instruction, input (may be empty) and output; chat: messages (a list of role and
-    content) through the tokenizer's chat template, of which every turn of the assistant is a completion."""
+    preset: Literal["prompt_completion", "gsm8k", "alpaca", "chat", "sharegpt"] = "prompt_completion"
+    """How a record becomes tokens; gsm8k: "Question: ...\\nAnswer:" and " ...", from question and answer;
+    alpaca: from instruction, input (may be empty) and output; chat: messages (a list of role and content)
+    through the tokenizer's chat template; sharegpt: the same from conversations (a list of from and
+    value)."""
     prompt_column: str = "auto"
-    """Column of the prompt; auto: the preset's own (prompt, question, instruction, messages)."""
+    """Column of the prompt; auto: the preset's own (prompt, question, instruction, messages,
+    conversations)."""
     completion_column: str = "auto"
-    """Column of the completion; auto: the preset's own (completion, answer, output; chat has none)."""
+    """Column of the completion; auto: the preset's own (completion, answer, output; conversations have
+    none)."""
+    tools_column: str = "auto"
+    """Column of the tools that a conversation's assistant may call (a list of JSON schemas, or the same as
+    text), which records may lack; auto: tools."""
+    as_chat: bool = False
+    """Write prompt and completion as a question and its answer by the tokenizer's chat template, in the place
+    of the preset's own form."""
+    system_prompt: str | None = None
+    """What the system says first in conversations that have no turn of its own."""
+    loss_on: Literal["assistant", "last_turn", "completion", "all"] = "assistant"
+    """What the loss counts. assistant: every turn of the assistant and the token that ends it; last_turn:
+    only its last one; completion: the same as assistant, where records are a prompt and a completion; all:
+    every token but the first."""
     seq_len: int = Field(default=512, ge=2)
     """Tokens per row; shorter rows are padded."""
+    packing: Literal["none", "best_fit"] = "none"
+    """none: a record has a row of its own; best_fit: records share rows, in which none sees another, so that
+    little is padded."""
     batch_rows: int = Field(default=16, ge=1)
     """Rows per optimizer step over all devices, before accumulation splits them."""
     too_long: Literal["drop", "truncate"] = "drop"
     """What happens to a record of more than seq_len tokens; both are counted and printed."""
+    max_unlabelled: float = Field(default=0.1, ge=0, le=1)
+    """Largest share of records without anything that the loss counts (an empty completion, no answer, or none
+    within seq_len); they are dropped, and above it nothing is trained."""
     max_records: int | None = Field(default=None, ge=1)
     """Use only the first so many records; none: all."""
     validation: float = Field(default=0.0, ge=0, lt=1)
     """Share of the records that is set apart from training, for the held-out loss; a record's own content
     decides, so that it is always on the same side. 0: none."""
+    cache: str = "auto"
+    """Folder that keeps tokenised records, from which they are then read as they are needed, so that they may
+    be larger than the memory. auto: tptrain/data in the user's cache folder ($XDG_CACHE_HOME, else ~/.cache),
+    for files above 64 MB; none: in memory only."""
     seed: int = Field(default=0, ge=0)
     """Seed of the shuffle."""
 

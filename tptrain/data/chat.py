@@ -1,9 +1,15 @@
-"""Conversations to token ids and loss mask, through the tokenizer's own chat template.
+"""Conversations to token ids, loss mask and roles, through the tokenizer's own chat template.
 
 The template writes a conversation as one text, which is tokenised as a whole. Where the assistant's turns
 lie in it comes from the template: from its `{% generation %}` blocks if it has them, and otherwise from what
 it writes for a server that asks for a turn, and up to the turn's end. Either text, tokenised by itself, must
 give the first tokens of the whole. A conversation for which that does not hold is dropped, with the reason.
+
+Those beginnings are rarely tokenised again. An added token of the tokenizer's, such as one that begins a
+turn, is cut out of the text before anything else looks at it, so what lies before it and what lies behind it
+are tokenised
+apart from each other: of a beginning only what follows on its last added token, "assistant" and a new line,
+say, has to be compared, and that is tokenised once for all conversations.
 """
 
 from __future__ import annotations
@@ -11,19 +17,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from jinja2 import TemplateError
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from tptrain.data.render import BOUNDARY, EMPTY_COMPLETION, NOT_TEXT, Rendered, straddles
+from tptrain.data.pairs import straddles
+from tptrain.data.records import ASSISTANT, Conversation, Message
+from tptrain.data.rendered import BOUNDARY, NO_ANSWER, Rendered, count_all, role_index
 from tptrain.errors import Problem
 
-ASSISTANT = "assistant"
-NO_ANSWER = "no turn of the assistant"
 NO_QUESTION = "the assistant's turn comes first"
 REFUSED = "refused by the chat template"
 BEGUN_OTHERWISE = "a turn begun otherwise than the chat template asks for it"
@@ -37,27 +45,35 @@ FIXES = {
     NO_QUESTION: _MARKS,
     REFUSED: "conversations in the roles and the order that the chat template takes",
     BEGUN_OTHERWISE: _MARKS,
-    REWRITTEN: f"{_MARKS}, or conversations of one turn",
+    REWRITTEN: f"{_MARKS}, data.loss_on=last_turn, or conversations of one turn",
     UNENDED: "a chat template that ends the assistant's turn with a special token, in {% generation %} too",
 }
 FIX = "records with a list of role and content, of which the assistant's are non-empty texts"
 
 # As transformers looks for it.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-Message = dict[str, Any]
+_CHUNK = 512  # conversations tokenised at a time: enough to keep the tokenizer's threads busy
 
 
 @dataclass(frozen=True)
 class _Turn:
-    """A turn of the assistant, as two beginnings of the conversation's text: up to it, and through it.
+    """A turn of the assistant: characters `begin` to `stop` of the conversation's text.
 
     marked: the template says itself that all between the two counts.
     """
 
-    before: str
-    through: str
+    begin: int
+    stop: int
     marked: bool
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A conversation as one text, the turns that count, and the end of each message of which it is known."""
+
+    text: str
+    turns: list[_Turn]
+    ends: list[tuple[int, int]]  # (one behind the last character, role)
 
 
 def chat_problems(tokenizer: PreTrainedTokenizerFast) -> list[Problem]:
@@ -71,147 +87,251 @@ def chat_problems(tokenizer: PreTrainedTokenizerFast) -> list[Problem]:
     return [Problem("data.preset", "chat", rule, other, fix)]
 
 
-def render_conversation(tokenizer: PreTrainedTokenizerFast, messages: object) -> Rendered | str:
-    """Ids and mask of one conversation, or the reason to drop it. See `render_conversations`."""
-    return next(render_conversations(tokenizer, [messages]))
+class ChatRenderer:
+    """Renders conversations with one tokenizer.
 
-
-def render_conversations(
-    tokenizer: PreTrainedTokenizerFast, conversations: Iterable[object]
-) -> Iterator[Rendered | str]:
-    """Ids and mask of each conversation, or the reason to drop it.
-
-    A conversation is a list of {"role", "content"}, both texts.
-    The ids are those of `apply_chat_template(messages)`. Counted are the assistant's turns, each with the
-    token that ends it. With `{% generation %}` in the template these are the tokens of its blocks, as in
-    `return_assistant_tokens_mask`. Otherwise a turn's last token is the last special one that the template
-    puts there: what it writes behind that, such as a new line, a server never generates.
+    loss_on: assistant (every turn), last_turn (of the assistant) or all (tokens but the first).
+    turn_ends: ids of the tokens that ended what was counted so far: a server must stop at them.
     """
-    # Once for all: of some tokenizers these are thousands.
-    added = frozenset(tokenizer.added_tokens_decoder) | frozenset(tokenizer.all_special_ids)
-    for messages in conversations:
-        checked = _checked(messages)
-        if isinstance(checked, str):
-            yield checked
-            continue
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, loss_on: str = "assistant"):
+        assert loss_on in ("assistant", "last_turn", "all"), loss_on
+        self._tokenizer, self._loss_on = tokenizer, loss_on
+        self.turn_ends: set[int] = set()
+        decoder = tokenizer.added_tokens_decoder
+        # Once for all: of some tokenizers these are thousands.
+        self._added = frozenset(decoder) | frozenset(tokenizer.all_special_ids)
+        # Those that split a text whatever surrounds them. With a token that depends on the next character,
+        # none.
+        splitting = (i for i, token in decoder.items() if not token.normalized)
+        dependent = any(token.single_word for token in decoder.values())
+        self._splitting = {i: decoder[i].content for i in (() if dependent else splitting)}
+        self._tails: dict[tuple[str, str], list[int]] = {}
+
+    def render(self, conversations: Iterable[Conversation | str]) -> Iterator[Rendered | str]:
+        """Ids, mask and roles of each conversation, or the reason to drop it; reasons are passed through.
+
+        The ids are those of `apply_chat_template(messages, tools=tools)`. Counted are the assistant's turns,
+        each with the token that ends it. With `{% generation %}` in the template these are the tokens of its
+        blocks, as in `return_assistant_tokens_mask`. Otherwise a turn's last token is the last special one
+        that the
+        template puts there: what it writes behind that, such as a new line, a server never generates.
+        """
+        remaining = iter(conversations)
+        while chunk := list(islice(remaining, _CHUNK)):
+            written = [each if isinstance(each, str) else self._write(each) for each in chunk]
+            encodings = iter(self._encode([each.text for each in written if isinstance(each, _Written)]))
+            for each in written:
+                yield each if isinstance(each, str) else self._rendered(each, next(encodings))
+
+    def asked(self, conversation: Conversation) -> tuple[str, list[int]]:
+        """Text and ids of a conversation that waits for the assistant."""
+        text = self._text(conversation, conversation.messages, add_generation_prompt=True)
+        return text, list(self._encode([text])[0].ids)
+
+    def _text(
+        self, conversation: Conversation, messages: Sequence[Message], add_generation_prompt: bool = False
+    ) -> str:
+        return str(
+            self._tokenizer.apply_chat_template(
+                list(messages),
+                tools=list(conversation.tools or ()) or None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        )
+
+    def _encode(self, texts: Sequence[str]) -> list[Encoding]:
+        """As `apply_chat_template` tokenises: the template has written BOS where it belongs."""
+        if not texts:
+            return []
+        encoded = self._tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            return_token_type_ids=False,
+            return_attention_mask=False,
+            verbose=False,  # no warning about long texts, which are counted later
+        )
+        encodings: list[Encoding] = encoded.encodings
+        return encodings
+
+    def _write(self, conversation: Conversation) -> _Written | str:
+        """The conversation's text and its turns, or the reason to drop it."""
+        messages = conversation.messages
+        template = self._tokenizer.get_chat_template(tools=conversation.tools)
         try:
-            text = _written(tokenizer, checked)
-            turns = _turns(tokenizer, checked, text)
+            text = self._text(conversation, messages)
+            ends: dict[int, int] = {}
+            if _GENERATION.search(template):
+                turns = self._marked_turns(conversation, text, template)
+            else:
+                found = self._turns(conversation, text)
+                if isinstance(found, str):
+                    return found
+                turns, ends = found
+            if not turns:
+                return NO_ANSWER
+            counted = turns[-1:] if self._loss_on == "last_turn" else turns
+            return _Written(text, counted, self._ends(conversation, text, ends))
         except TemplateError:
-            yield REFUSED
-            continue
-        yield turns if isinstance(turns, str) else _masked(tokenizer, text, turns, added)
+            return REFUSED
 
+    def _turns(self, conversation: Conversation, text: str) -> tuple[list[_Turn], dict[int, int]] | str:
+        """The assistant's turns that count, and the end of each one's message; or the reason to drop them."""
+        messages = conversation.messages
+        if messages[0]["role"] == ASSISTANT:
+            return NO_QUESTION  # no template writes a conversation of no messages
+        places = [at for at, message in enumerate(messages) if message["role"] == ASSISTANT]
+        turns: list[_Turn] = []
+        ends: dict[int, int] = {}
+        for at in places[-1:] if self._loss_on == "last_turn" else places:
+            before = self._text(conversation, messages[:at], add_generation_prompt=True)
+            through = text if at + 1 == len(messages) else self._text(conversation, messages[: at + 1])
+            if not through.startswith(before):
+                return BEGUN_OTHERWISE
+            if not text.startswith(through):
+                return REWRITTEN
+            turns.append(_Turn(len(before), len(through), marked=False))
+            ends[at] = len(through)
+        return turns, ends
 
-def question_ids(tokenizer: PreTrainedTokenizerFast, question: str) -> list[int]:
-    """The ids of a conversation that begins with `question` and waits for the assistant."""
-    text = _written(tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)
-    return list(_encodings(tokenizer, [text])[0].ids)
+    def _marked_turns(self, conversation: Conversation, text: str, template: str) -> list[_Turn]:
+        """The template's `{% generation %}` blocks.
 
-
-def _checked(messages: object) -> list[Message] | str:
-    """The messages without what is None in them, as `apply_chat_template` takes them, or why not."""
-    if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
-        return NOT_TEXT
-    given = [{name: part for name, part in each.items() if part is not None} for each in messages]
-    parts = [each.get(name) for each in given for name in ("role", "content")]
-    if not all(isinstance(part, str) for part in parts):
-        return NOT_TEXT
-    answers = [each["content"] for each in given if each["role"] == ASSISTANT]
-    if not answers:
-        return NO_ANSWER
-    return given if all(answer.strip() for answer in answers) else EMPTY_COMPLETION
-
-
-def _written(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], add_generation_prompt: bool = False
-) -> str:
-    return str(
-        tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        Their characters, for the mask of `apply_chat_template` hides what is asked here: whether a token
+        crosses the edge of a block. It also leaves all later blocks out behind one whose first character, a
+        space, is not among its token's offsets.
+        """
+        special: dict[str, Any] = self._tokenizer.special_tokens_map
+        # Its own annotation, a str, is not what it returns.
+        found: Any = render_jinja_template(
+            [list(conversation.messages)],
+            tools=list(conversation.tools or ()) or None,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **special,
         )
-    )
+        written, blocks = found
+        assert written == [text], "one conversation, one text"
+        return [_Turn(start, stop, marked=True) for start, stop in blocks[0] if start < stop]
 
+    def _ends(self, conversation: Conversation, text: str, known: dict[int, int]) -> list[tuple[int, int]]:
+        """Where each message ends, as far as its beginning of the conversation is one of the text."""
+        messages, ends = conversation.messages, []
+        for at, message in enumerate(messages):
+            end = known.get(at)
+            if end is None and at + 1 == len(messages):
+                end = len(text)
+            if end is None:
+                try:
+                    through = self._text(conversation, messages[: at + 1])
+                except TemplateError:  # such as of a system's message alone
+                    continue
+                if not text.startswith(through):
+                    continue
+                end = len(through)
+            ends.append((end, role_index(message["role"])))
+        return ends
 
-def _turns(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], text: str) -> list[_Turn] | str:
-    """The assistant's turns of a conversation written as `text`, or the reason to drop it."""
-    template = tokenizer.get_chat_template()
-    if _GENERATION.search(template):
-        return _marked_turns(tokenizer, messages, text, template)
-    if messages[0]["role"] == ASSISTANT:
-        return NO_QUESTION  # no template writes a conversation of no messages
-    turns = []
-    for at in (at for at, message in enumerate(messages) if message["role"] == ASSISTANT):
-        turn = _Turn(
-            before=_written(tokenizer, messages[:at], add_generation_prompt=True),
-            through=_written(tokenizer, messages[: at + 1]),
-            marked=False,
-        )
-        if not turn.through.startswith(turn.before):
-            return BEGUN_OTHERWISE
-        if not text.startswith(turn.through):
-            return REWRITTEN
-        turns.append(turn)
-    return turns
+    def _rendered(self, written: _Written, whole: Encoding) -> Rendered | str:
+        """Ids of the text, and the mask that counts the turns, if their edges are edges of tokens."""
+        mask = np.zeros(len(whole), dtype=np.bool_)
+        ids = np.asarray(whole.ids, dtype=np.int32)
+        for turn in written.turns:
+            span = self._span_by_splits(written.text, turn, whole, ids) or self._span(
+                written.text, turn, whole
+            )
+            if isinstance(span, str):
+                return span
+            begin, stop, end = span
+            mask[begin:stop] = True
+            self.turn_ends.add(int(ids[end]))
+        mask[:1] = False  # no token before it could predict it
+        return Rendered(ids, count_all(mask) if self._loss_on == "all" else mask, _roles(written.ends, whole))
 
+    def _span_by_splits(
+        self, text: str, turn: _Turn, whole: Encoding, ids: npt.NDArray[np.int32]
+    ) -> tuple[int, int, int] | None:
+        """As `_span`, where the added tokens of the whole show it; None where they do not."""
+        begin = self._length_by_splits(text, turn.begin, whole, ids)
+        last = len(text[turn.begin : turn.stop].rstrip()) + turn.begin - 1
+        end = whole.char_to_token(last)
+        if begin is None or end is None or end < begin or int(ids[end]) not in self._splitting:
+            return None
+        chars = whole.token_to_chars(end)
+        if chars is None or chars[1] != last + 1:
+            return None
+        stop = self._length_by_splits(text, turn.stop, whole, ids) if turn.marked else end + 1
+        return None if stop is None else (begin, stop, end)
 
-def _marked_turns(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], text: str, template: str
-) -> list[_Turn] | str:
-    """The template's `{% generation %}` blocks.
+    def _length_by_splits(
+        self, text: str, end: int, whole: Encoding, ids: npt.NDArray[np.int32]
+    ) -> int | None:
+        """How many of the whole's tokens are those of `text[:end]` tokenised alone; None: not known by
+        this."""
+        if end == len(text):
+            return len(whole)
+        token = whole.char_to_token(end)
+        if token is None or _first_char(whole, token) != end:
+            return None
+        split = token - 1
+        while split >= 0 and int(ids[split]) not in self._splitting:
+            split -= 1
+        chars = whole.token_to_chars(split) if split >= 0 else None
+        if chars is None or chars[1] > end:
+            return None
+        name, tail = text[chars[0] : chars[1]], text[chars[1] : end]
+        if name.strip() != self._splitting[int(ids[split])].strip():
+            return None
+        if tail and self._tail(name, tail) != ids[split:token].tolist():
+            return None
+        return token
 
-    Their characters, for the mask of `apply_chat_template` hides what is asked here: whether a token crosses
-    the edge of a block. It also leaves all later blocks out behind one whose first character, a space, is not
-    among its token's offsets.
-    """
-    special: dict[str, Any] = tokenizer.special_tokens_map
-    # Its own annotation, a str, is not what it returns.
-    found: Any = render_jinja_template(
-        [list(messages)], chat_template=template, return_assistant_tokens_mask=True, **special
-    )
-    written, blocks = found
-    assert written == [text], "one conversation, one text"
-    turns = [_Turn(text[:start], text[:stop], marked=True) for start, stop in blocks[0] if start < stop]
-    return turns or NO_ANSWER
+    def _tail(self, name: str, tail: str) -> list[int]:
+        """The ids of an added token and what follows it."""
+        known = self._tails.get((name, tail))
+        if known is None:
+            if len(self._tails) >= 1024:  # tails with something of the conversation in them
+                self._tails.clear()
+            known = self._tails[name, tail] = list(self._encode([name + tail])[0].ids)
+        return known
 
-
-def _masked(
-    tokenizer: PreTrainedTokenizerFast, text: str, turns: Sequence[_Turn], added: frozenset[int]
-) -> Rendered | str:
-    """Ids of the text, and the mask that counts the turns, if their edges are edges of tokens."""
-    befores, throughs = [turn.before for turn in turns], [turn.through for turn in turns]
-    whole, *parts = _encodings(tokenizer, [text, *befores, *throughs])
-    mask = np.zeros(len(whole), dtype=np.bool_)
-    for turn, before, through in zip(turns, parts[: len(turns)], parts[len(turns) :], strict=True):
+    def _span(self, text: str, turn: _Turn, whole: Encoding) -> tuple[int, int, int] | str:
+        """The tokens of a turn: the first, one behind the last, and the one that ends it; or what forbids
+        it."""
+        before, through = self._encode([text[: turn.begin], text[: turn.stop]])
         begin = len(before)
-        stop = _stop(through, begin, turn.through, added)
-        if stop is None:
+        end = self._end(through, begin, text)
+        if end is None:
             return UNENDED
-        if turn.marked:
-            stop = len(through)
+        stop = len(through) if turn.marked else end + 1
         if whole.ids[:begin] != before.ids or whole.ids[:stop] != through.ids[:stop]:
             return BOUNDARY
-        if straddles(whole, begin, len(turn.before)):
-            return BOUNDARY
-        mask[begin:stop] = True
-    mask[:1] = False  # no token before it could predict it
-    return Rendered(np.asarray(whole.ids, dtype=np.int32), mask)
+        return BOUNDARY if straddles(whole, begin, turn.begin) else (begin, stop, end)
+
+    def _end(self, through: Encoding, begin: int, text: str) -> int | None:
+        """The token that ends the turn from `begin`: an added one with blanks behind it at most.
+
+        Blanks themselves end no turn, though they may be added tokens, as Gemma's new lines are.
+        """
+        for at in range(len(through) - 1, begin - 1, -1):
+            first, last = through.offsets[at]
+            if text[first:last].strip():
+                return at if through.ids[at] in self._added else None
+        return None
 
 
-def _stop(through: Encoding, begin: int, text: str, added: frozenset[int]) -> int | None:
-    """One behind the token that ends the turn from `begin`: an added one with blanks behind it at most.
-
-    Blanks themselves end no turn, though they may be added tokens, as Gemma's new lines are.
-    """
-    for at in range(len(through) - 1, begin - 1, -1):
-        first, last = through.offsets[at]
-        if text[first:last].strip():
-            return at + 1 if through.ids[at] in added else None
-    return None
+def _first_char(whole: Encoding, token: int) -> int | None:
+    chars = whole.token_to_chars(token)
+    return None if chars is None else int(chars[0])
 
 
-def _encodings(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[Encoding]:
-    """As `apply_chat_template` tokenises: the template has written BOS where it belongs."""
-    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)
-    encodings: list[Encoding] = encoded.encodings
-    return encodings
+def _roles(ends: Sequence[tuple[int, int]], whole: Encoding) -> npt.NDArray[np.uint8]:
+    """The role of each token, from the ends of the messages; behind the last known one, nobody's."""
+    roles = np.zeros(len(whole), dtype=np.uint8)
+    stops = np.searchsorted([first for first, _ in whole.offsets], [end for end, _ in ends])
+    begin = 0
+    for stop, (_, role) in zip(stops, ends, strict=True):
+        roles[begin:stop] = role
+        begin = stop
+    return roles

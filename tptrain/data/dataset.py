@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,22 +14,15 @@ from transformers import PreTrainedTokenizerFast
 
 from tptrain.config.schema import DataSection
 from tptrain.data import chat
-from tptrain.data.render import (
-    BOUNDARY,
-    CHAT,
-    MISSING_COLUMN,
-    Rendered,
-    check_columns,
-    columns,
-    record_texts,
-    render_many,
-)
+from tptrain.data.records import Record, check_columns, is_chat
+from tptrain.data.render import Renderer
+from tptrain.data.rendered import BOUNDARY, EMPTY_COMPLETION, NO_ANSWER, Rendered
 from tptrain.data.tokenizer import padding_id
-from tptrain.errors import raise_if_any, refuse
+from tptrain.errors import Problem, raise_if_any
 
 TOO_LONG = "longer than seq_len"
 NOTHING_COUNTED = "no completion token within seq_len"
-_CHUNK = 1024  # records given to the tokenizer at a time: enough to keep its threads busy
+_UNLABELLED = (EMPTY_COMPLETION, NO_ANSWER, NOTHING_COUNTED)
 
 
 @dataclass(frozen=True)
@@ -41,12 +33,14 @@ class TokenizedDataset:
     loss_mask: bool [S], True where the token counts in the loss.
     offsets:   int64 [N + 1]; row i lies at [offsets[i], offsets[i + 1]).
     pad_id:    the id that fills rows up.
+    stop_ids:  ids of the tokens that end what the loss counts, EOS first: a server must stop at them.
     """
 
     ids: npt.NDArray[np.int32]
     loss_mask: npt.NDArray[np.bool_]
     offsets: npt.NDArray[np.int64]
     pad_id: int
+    stop_ids: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -66,15 +60,21 @@ class TokenizedDataset:
         return digest.hexdigest()
 
     @staticmethod
-    def of(rows: Sequence[Rendered], pad_id: int) -> TokenizedDataset:
-        offsets = np.zeros(len(rows) + 1, dtype=np.int64)
-        np.cumsum([len(row.ids) for row in rows], out=offsets[1:])
+    def of(rows: Sequence[Rendered], pad_id: int, stop_ids: tuple[int, ...] = ()) -> TokenizedDataset:
         return TokenizedDataset(
             ids=np.concatenate([row.ids for row in rows]),
             loss_mask=np.concatenate([row.loss_mask for row in rows]),
-            offsets=offsets,
+            offsets=offsets_of([len(row.ids) for row in rows]),
             pad_id=pad_id,
+            stop_ids=stop_ids,
         )
+
+
+def offsets_of(lengths: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Where each row begins and the last one ends: int64 [N + 1]."""
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
 
 
 @dataclass(frozen=True)
@@ -103,54 +103,79 @@ class Counts:
         )
 
 
-def tokenize_records(
-    records: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerFast, section: DataSection
-) -> tuple[TokenizedDataset, Counts]:
-    """Render every record once. A record of at most seq_len tokens, EOS included, fits a row.
+class Fitting:
+    """The rows of records that fit a row and have something that counts; all others counted by reason.
 
-    The tokenizer has passed `check_tokenizer`. Raises ProblemsError when a column is missing or no record is
-    left.
+    Iterated over once. `counts` and `stop_ids` tell of all records when the last one is through.
+
+    length: tokens of the record that the last outcome is of, before it was cut or dropped; 0: not rendered.
     """
-    assert tokenizer.eos_token_id is not None
-    raise_if_any(check_columns(records, section))
-    kept: list[Rendered] = []
-    dropped: Counter[str] = Counter()
-    truncated, longest = 0, 0
-    for rendered in _render_all(records, tokenizer, section):
-        length = 0 if isinstance(rendered, str) else len(rendered.ids)
-        longest = max(longest, length)
-        fitted = _fit(rendered, section)
-        if isinstance(fitted, str):
-            dropped[fitted] += 1
-        else:
-            kept.append(fitted)
-            truncated += len(fitted.ids) < length
-    if not kept:
-        raise _nothing_left(section, dropped, longest)
-    dataset = TokenizedDataset.of(kept, padding_id(tokenizer))
-    counted = int(dataset.loss_mask.sum())
-    reasons = dict(sorted(dropped.items()))
-    return dataset, Counts(len(records), len(kept), reasons, truncated, len(dataset.ids), counted)
+
+    def __init__(self, records: Iterable[Record], tokenizer: PreTrainedTokenizerFast, section: DataSection):
+        """The tokenizer has passed `check_tokenizer`. Raises ProblemsError when it lacks a chat template that
+        the records need."""
+        assert tokenizer.eos_token_id is not None
+        self._records, self._section = records, section
+        self._renderer = Renderer(tokenizer, section)
+        self.length = 0
+        self._columns: set[str] = set()
+        self._dropped: Counter[str] = Counter()
+        self._seen = self._kept = self._truncated = self._longest = self._tokens = self._counted = 0
+
+    def __iter__(self) -> Iterator[Rendered]:
+        """The rows. Raises ProblemsError with `problems` behind the last one."""
+        yield from (outcome for outcome in self.outcomes() if not isinstance(outcome, str))
+        raise_if_any(self.problems())
+
+    def outcomes(self) -> Iterator[Rendered | str]:
+        """The row of each record, or the reason why it has none, in order."""
+        for rendered in self._renderer(self._read()):
+            self.length = length = 0 if isinstance(rendered, str) else len(rendered.ids)
+            self._longest = max(self._longest, length)
+            fitted = _fit(rendered, self._section)
+            if isinstance(fitted, str):
+                self._dropped[fitted] += 1
+            else:
+                self._kept += 1
+                self._truncated += len(fitted.ids) < length
+                self._tokens += len(fitted.ids)
+                self._counted += int(np.count_nonzero(fitted.loss_mask))
+            yield fitted
+
+    def problems(self) -> list[Problem]:
+        """What keeps a run from training on the records read so far: a column that none has, no row, too many
+        records without anything that counts."""
+        missing = check_columns(self._columns, self._section)
+        if missing or not self._kept:
+            return missing or [_nothing_left(self._section, self._dropped, self._longest)]
+        return _unlabelled(self._section, self._seen, self._dropped)
+
+    def _read(self) -> Iterator[Record]:
+        for record in self._records:
+            self._seen += 1
+            self._columns.update(record)
+            yield record
+
+    @property
+    def counts(self) -> Counts:
+        dropped = dict(sorted(self._dropped.items()))
+        return Counts(self._seen, self._kept, dropped, self._truncated, self._tokens, self._counted)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return tuple(self._renderer.stop_ids)
 
 
-def _render_all(
-    records: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerFast, section: DataSection
-) -> Iterable[Rendered | str]:
-    """A `Rendered` or a reason for each record, in order within the reasons and within the rest."""
-    if section.preset == CHAT:
-        raise_if_any(chat.chat_problems(tokenizer))
-        (column,) = columns(section)
-        yield from (MISSING_COLUMN for record in records if column not in record)
-        given = (record[column] for record in records if column in record)
-        yield from chat.render_conversations(tokenizer, given)
-        return
-    remaining = iter(records)
-    while chunk := list(islice(remaining, _CHUNK)):
-        texts = [record_texts(record, section) for record in chunk]
-        yield from (text for text in texts if isinstance(text, str))
-        prompts = [text[0] for text in texts if not isinstance(text, str)]
-        completions = [text[1] for text in texts if not isinstance(text, str)]
-        yield from render_many(tokenizer, prompts, completions)
+def tokenize_records(
+    records: Iterable[Record], tokenizer: PreTrainedTokenizerFast, section: DataSection
+) -> tuple[TokenizedDataset, Counts]:
+    """Render every record once, into memory. A record of at most seq_len tokens, EOS included, fits a row.
+
+    Raises ProblemsError: see `Fitting`.
+    """
+    fitting = Fitting(records, tokenizer, section)
+    rows = list(fitting)
+    return TokenizedDataset.of(rows, padding_id(tokenizer), fitting.stop_ids), fitting.counts
 
 
 def _fit(row: Rendered | str, section: DataSection) -> Rendered | str:
@@ -160,18 +185,33 @@ def _fit(row: Rendered | str, section: DataSection) -> Rendered | str:
     if len(row.ids) > section.seq_len:
         if section.too_long == "drop":
             return TOO_LONG
-        row = Rendered(row.ids[: section.seq_len], row.loss_mask[: section.seq_len])
+        row = row.beginning(section.seq_len)
     return row if row.loss_mask.any() else NOTHING_COUNTED
 
 
-def _nothing_left(section: DataSection, dropped: Mapping[str, int], longest: int) -> Exception:
+def _unlabelled(section: DataSection, records: int, dropped: Mapping[str, int]) -> list[Problem]:
+    """Records without anything to learn are a sign of a wrong preset, column or template, where they are
+    many."""
+    count = sum(dropped.get(reason, 0) for reason in _UNLABELLED)
+    share = count / records
+    if share <= section.max_unlabelled:
+        return []
+    reasons = ", ".join(f"{dropped[reason]:,} {reason}" for reason in _UNLABELLED if reason in dropped)
+    rule = "is the largest share of records in which the loss counts nothing"
+    enough = math.ceil(share * 100) / 100
+    fix = f"data.max_unlabelled={enough:g}, or other records (tptrain data inspect shows them)"
+    other = f"{count:,} of {records:,} records: {reasons}"
+    return [Problem("data.max_unlabelled", section.max_unlabelled, rule, other, fix)]
+
+
+def _nothing_left(section: DataSection, dropped: Mapping[str, int], longest: int) -> Problem:
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
     most = max(dropped, key=lambda reason: dropped[reason])
     longer = dict.fromkeys((TOO_LONG, NOTHING_COUNTED), f"data.seq_len={longest}")
-    if section.preset == CHAT:
+    if is_chat(section):
         fix = {**chat.FIXES, **longer}.get(most, chat.FIX)
     else:
         at_boundary = "prompts that do not end in a space, with completions that begin with it"
         other = "records whose prompt and completion are non-empty texts"
         fix = {BOUNDARY: at_boundary, **longer}.get(most, other)
-    return refuse("data.path", section.path, "must leave a record to train on", f"dropped: {reasons}", fix)
+    return Problem("data.path", section.path, "must leave a record to train on", f"dropped: {reasons}", fix)

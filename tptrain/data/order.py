@@ -1,4 +1,4 @@
-"""Which record comes when: a pure function of (seed, cursor), with nothing to save and nothing to rewind.
+"""Which sample comes when: a pure function of (seed, cursor), with nothing to save and nothing to rewind.
 
 Grain's MapDataset gives this (a Feistel-like permutation of the index, seeded anew for each epoch): element i
 costs the same whatever i is, and no list of indices is held in memory.
@@ -10,24 +10,24 @@ from functools import lru_cache
 from typing import Any
 
 
-def sample_at(cursor: int, num_records: int, seed: int) -> int:
-    """The record at global sample index `cursor`.
+def sample_at(cursor: int, num_samples: int, seed: int) -> int:
+    """The sample of an epoch at global sample index `cursor`.
 
-    Samples [e * num_records, (e + 1) * num_records) are epoch e: a permutation of the records, another one
-    for every epoch and every seed.
+    Samples [e * num_samples, (e + 1) * num_samples) are epoch e: a permutation of them, another one for every
+    epoch and every seed.
     """
     assert cursor >= 0, cursor
     # Grain's index shuffle counts in 32 bits.
-    assert 0 < num_records < 2**32, num_records
-    return int(_shuffled(num_records, seed)[cursor])
+    assert 0 < num_samples < 2**32, num_samples
+    return int(_shuffled(num_samples, seed)[cursor])
 
 
 @lru_cache(maxsize=8)
-def _shuffled(num_records: int, seed: int) -> Any:
+def _shuffled(num_samples: int, seed: int) -> Any:
     """Grain's endless shuffled range of indices."""
     grain = _import_grain()
     # With repeat after shuffle, Grain's default, each repetition is shuffled by a seed of its own.
-    return grain.MapDataset.range(num_records).seed(seed).shuffle().repeat()
+    return grain.MapDataset.range(num_samples).seed(seed).shuffle().repeat()
 
 
 def _import_grain() -> Any:

@@ -1,13 +1,19 @@
-"""Records from where the user keeps them: a file, a folder, the hub, or the embedded generator."""
+"""Records from where the user keeps them: a file, a folder, the hub, or the embedded generator.
+
+They are read one after the other, so that a data set may be larger than the memory.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import xxhash
 
 from tptrain.data import word_problems
 from tptrain.errors import ProblemsError, nearest, refuse, unknown_name
@@ -22,38 +28,84 @@ _BUILTIN_SEED = 0
 _JSONL = (".jsonl", ".json", ".ndjson")
 _PARQUET = (".parquet",)
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+_ROWS_AT_A_TIME = 1024
 _LOCAL_COPY = "the path of a local JSONL or parquet file"
+
+
+@dataclass(frozen=True)
+class Records:
+    """The records of a data set, each a dict of columns; every iteration reads them anew, one after the
+    other.
+
+    read:   begins a reading.
+    name:   what tells these records from others in the same files: the split, how many, which part.
+    files:  what they are read from; none for records that are made.
+    """
+
+    read: Callable[[], Iterator[Record]]
+    name: str
+    files: tuple[Path, ...] = ()
+
+    def __iter__(self) -> Iterator[Record]:
+        return self.read()
+
+    def part(self, name: str, belongs: Callable[[Record], bool]) -> Records:
+        """Those for which `belongs` says so. name: of that rule."""
+        return Records(lambda: filter(belongs, self.read()), f"{self.name}, {name}", self.files)
+
+    def num_bytes(self) -> int:
+        """The size of the files, whether or not all of it is read."""
+        return sum(file.stat().st_size for file in self.files)
+
+    def digest(self) -> str:
+        """Hexadecimal XXH3-128 of the name and of all bytes of the files, whatever these are called."""
+        digest = xxhash.xxh3_128(self.name.encode())
+        for file in self.files:
+            with file.open("rb") as content:
+                while block := content.read(1 << 24):
+                    digest.update(block)
+            digest.update(b"end of file")
+        return digest.hexdigest()
 
 
 def load_records(
     path: str, subset: str | None, split: str, max_records: int | None, setting: str = "data.path"
 ) -> list[Record]:
-    """The first `max_records` records (all of them if None) of a data set, each a dict of columns.
+    """All of `open_records`, in memory."""
+    return list(open_records(path, subset, split, max_records, setting))
+
+
+def open_records(
+    path: str, subset: str | None, split: str, max_records: int | None, setting: str = "data.path"
+) -> Records:
+    """The first `max_records` records (all of them if None) of a data set.
 
     path:    a JSONL or parquet file, a folder saved by `datasets`, a hub id, or "builtin:word_problems".
     subset:  configuration of a hub data set. Anything else has none: the same recipe takes a local copy.
     split:   of a hub data set, a saved DatasetDict or a builtin. A file and a single saved Dataset have none.
     setting: what to call `path` in problems; those about subset and split are named after its section.
 
-    Raises ProblemsError when the data cannot be found or read, or holds no record.
+    Raises ProblemsError when the data cannot be found, or holds no record; a reading does when it comes to
+    what it cannot read.
     """
     local = Path(path).expanduser()
     if path.startswith(_BUILTIN):
-        records = _builtin(path, split, max_records, setting)
+        made = _builtin(path, split, max_records, setting)
+        records = Records(lambda: map(dict, made), f"{path}, {split}, {max_records}")
     elif local.is_dir():
-        records = _saved_folder(local, split, max_records, setting)
+        records = _rows(_saved_folder(local, split, setting), f"{split}, {max_records}", max_records)
     elif local.exists():
         records = _file(local, max_records, setting)
     elif _HUB_ID.match(path) and local.suffix not in (*_JSONL, *_PARQUET):
-        records = _hub(path, subset, split, max_records, setting)
+        records = _rows(_hub(path, subset, split, setting), f"{subset}, {split}, {max_records}", max_records)
     else:
         raise _missing(local, path, setting)
-    if not records:
+    if next(iter(records), None) is None:
         raise refuse(setting, path, "must hold at least one record", "it holds 0", "a data set with records")
     return records
 
 
-def _builtin(path: str, split: str, max_records: int | None, setting: str) -> list[Record]:
+def _builtin(path: str, split: str, max_records: int | None, setting: str) -> list[dict[str, str]]:
     if path != f"{_BUILTIN}word_problems":
         raise ProblemsError([unknown_name(setting, path, "builtin data set", [f"{_BUILTIN}word_problems"])])
     if split == "train":
@@ -62,39 +114,39 @@ def _builtin(path: str, split: str, max_records: int | None, setting: str) -> li
         count, make = word_problems.HELD_OUT_RECORDS, word_problems.held_out_records
     else:
         raise _unknown_split(setting, split, ["train", "test"])
-    return [dict(record) for record in make(min(count, max_records or count), _BUILTIN_SEED)]
+    return make(min(count, max_records or count), _BUILTIN_SEED)
 
 
-def _file(path: Path, max_records: int | None, setting: str) -> list[Record]:
+def _file(path: Path, max_records: int | None, setting: str) -> Records:
     readers = {**dict.fromkeys(_JSONL, _jsonl), **dict.fromkeys(_PARQUET, _parquet)}
     reader = readers.get(path.suffix.lower())
     if reader is None:
         rule, known = "must be a JSONL or parquet file", f"known endings: {', '.join(readers)}"
         raise refuse(setting, path, rule, known, "a file with one of these endings")
-    try:
-        return reader(path, max_records, setting)
-    except OSError as error:
-        other = error.strerror or str(error)
-        raise refuse(setting, path, "must be readable", other, "a file that you may read") from error
+
+    def read() -> Iterator[Record]:
+        try:
+            yield from reader(path, max_records, setting)
+        except OSError as error:
+            other = error.strerror or str(error)
+            raise refuse(setting, path, "must be readable", other, "a file that you may read") from error
+
+    return Records(read, str(max_records), (path,))
 
 
-def _jsonl(path: Path, max_records: int | None, setting: str) -> list[Record]:
+def _jsonl(path: Path, max_records: int | None, setting: str) -> Iterator[Record]:
     """One JSON object per line; blank lines are passed over. Reads no further than it needs."""
-    records: list[Record] = []
-    broken: list[str] = []
     with path.open("rb") as lines:
         filled = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
-        for number, line in islice(filled, max_records):
-            parsed = _json_object(line)
-            if isinstance(parsed, str):
-                broken.append(f"line {number}: {parsed}")
-            else:
-                records.append(parsed)
-    if broken:
-        more = f", and {len(broken) - 1} more such lines" if len(broken) > 1 else ""
-        fix = f"valid JSON in {broken[0].partition(':')[0]}, or a file without it"
-        raise refuse(setting, path, "must hold one JSON object per line", f"{broken[0]}{more}", fix)
-    return records
+        parsed = ((number, _json_object(line)) for number, line in islice(filled, max_records))
+        for number, found in parsed:
+            if isinstance(found, str):
+                more = sum(isinstance(rest, str) for _, rest in parsed)
+                others = f", and {more} more such lines" if more else ""
+                other = f"line {number}: {found}{others}"
+                fix = f"valid JSON in line {number}, or a file without it"
+                raise refuse(setting, path, "must hold one JSON object per line", other, fix)
+            yield found
 
 
 def _json_object(line: bytes) -> Record | str:
@@ -108,20 +160,20 @@ def _json_object(line: bytes) -> Record | str:
     return parsed if isinstance(parsed, dict) else f"a JSON {type(parsed).__name__}, not an object"
 
 
-def _parquet(path: Path, max_records: int | None, setting: str) -> list[Record]:
+def _parquet(path: Path, max_records: int | None, setting: str) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             rows: Iterator[Record] = (row for batch in file.iter_batches() for row in batch.to_pylist())
-            return list(islice(rows, max_records))
+            yield from islice(rows, max_records)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
         fix = "a parquet file that is complete"
         raise refuse(setting, path, "must be a parquet file", _first_line(error), fix) from error
 
 
-def _saved_folder(folder: Path, split: str, max_records: int | None, setting: str) -> list[Record]:
+def _saved_folder(folder: Path, split: str, setting: str) -> Dataset:
     import datasets
 
     fix = "a folder written by datasets' save_to_disk, or a JSONL or parquet file"
@@ -140,17 +192,17 @@ def _saved_folder(folder: Path, split: str, max_records: int | None, setting: st
         if split not in saved:
             raise _unknown_split(setting, split, saved)
         saved = saved[split]
-    return _rows(saved, max_records)
+    return saved
 
 
-def _hub(path: str, subset: str | None, split: str, max_records: int | None, setting: str) -> list[Record]:
+def _hub(path: str, subset: str | None, split: str, setting: str) -> Dataset:
     """A data set that `datasets` finds by its id: in its cache, or on the hub."""
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
     rule = "must be a file or folder that exists, or the id of a data set that can be fetched"
     try:
-        available = datasets.load_dataset(path, subset, split=split)
+        available: Dataset = datasets.load_dataset(path, subset, split=split)
     except (datasets.exceptions.DatasetNotFoundError, OSError, HfHubHTTPError) as error:
         other = f"no such path here; the hub: {_first_line(error)}"
         fix = f"{_LOCAL_COPY}, or an id while the hub can be reached"
@@ -160,14 +212,15 @@ def _hub(path: str, subset: str | None, split: str, max_records: int | None, set
         value = f"{path}, {section}.subset={subset}, {section}.split={split}"
         fix = "a subset and a split that the data set has"
         raise refuse(setting, value, "must have this subset and split", _first_line(error), fix) from error
-    return _rows(available, max_records)
+    return available
 
 
-def _rows(dataset: Dataset, max_records: int | None) -> list[Record]:
-    if max_records is not None and max_records < len(dataset):
-        dataset = dataset.select(range(max_records))
-    rows: list[Record] = dataset.to_list()
-    return rows
+def _rows(dataset: Dataset, name: str, max_records: int | None) -> Records:
+    def read() -> Iterator[Record]:
+        tables = dataset.with_format("arrow").iter(_ROWS_AT_A_TIME)
+        return islice((row for table in tables for row in table.to_pylist()), max_records)
+
+    return Records(read, name, tuple(Path(each["filename"]) for each in dataset.cache_files))
 
 
 def _unknown_split(setting: str, split: str, known: Iterable[str]) -> ProblemsError:

@@ -16,36 +16,45 @@ from typing import Any
 import xxhash
 
 from tptrain.config.schema import DataSection
-from tptrain.data.render import CHAT, PRESETS, columns
-from tptrain.data.sources import Record
+from tptrain.data.records import MESSAGES, PRESETS, TOOLS, columns
+from tptrain.data.sources import Record, Records
 from tptrain.errors import refuse
 
 _HASHES = 2**64
 
 
-def split_records(records: Sequence[Record], section: DataSection) -> tuple[list[Record], list[Record]]:
-    """(records to train on, held-out records), each in the order in which they came.
+def split_records(records: Records, section: DataSection) -> tuple[Records, Records]:
+    """(records to train on, held-out records), each in the order in which they come.
 
     The share is `data.validation`; what is held out may differ from it, as a sample of so many may.
     Raises ProblemsError where it leaves no record on one side.
     """
     limit = Fraction(repr(section.validation)) * _HASHES
     names = content_columns(section)
-    sides: tuple[list[Record], list[Record]] = ([], [])
-    for record in records:
-        sides[content_hash(record, names) < limit].append(record)
-    training, held_out = sides
-    if not training or not held_out:
-        rule = "must leave records both to train on and to hold out"
-        other = f"held out by content: {len(held_out)} of {len(records)} records"
-        fix = "a smaller share" if held_out else "a larger share, or eval.loss_path=FILE in its place"
-        raise refuse("data.validation", section.validation, rule, other, fix)
+
+    def is_held_out(record: Record) -> bool:
+        return content_hash(record, names) < limit
+
+    share = f"{section.validation!r} by content of {', '.join(names)}"
+    training = records.part(f"without {share}", lambda record: not is_held_out(record))
+    held_out = records.part(share, is_held_out)
+    for side, fix in (
+        (held_out, "a larger share, or eval.loss_path=FILE in its place"),
+        (training, "a smaller share"),
+    ):
+        if next(iter(side), None) is None:
+            rule, count = "must leave records both to train on and to hold out", sum(1 for _ in records)
+            other = f"held out by content: {count if side is training else 0} of {count} records"
+            raise refuse("data.validation", section.validation, rule, other, fix)
     return training, held_out
 
 
 def content_columns(section: DataSection) -> tuple[str, ...]:
     """The columns that a record is told apart by: those that the model is shown."""
-    more = None if section.preset == CHAT else PRESETS[section.preset].input_column
+    if section.preset in MESSAGES:
+        more: str | None = TOOLS if section.tools_column == "auto" else section.tools_column
+    else:
+        more = PRESETS[section.preset].input_column
     return (*columns(section), *([more] if more else ()))
 
 

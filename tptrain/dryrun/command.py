@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tptrain.config.options import split_options
 from tptrain.config.plan import Plan
 from tptrain.dryrun.compiling import CompileRequest, compile_program
 from tptrain.dryrun.libtpu import libtpu_at
-from tptrain.dryrun.options import split_options
 from tptrain.dryrun.trace_lines import trace_json, trace_lines
 from tptrain.dryrun.tracing import Traced, trace_in_child
 from tptrain.errors import Problem, raise_if_any, unknown_name

@@ -21,13 +21,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tptrain.config.options import split_options, whole_number
 from tptrain.config.overrides import apply_overrides
 from tptrain.config.planning import find_topology
 from tptrain.config.schema import Recipe
 from tptrain.dryrun.command import compile_request, trace_problems
 from tptrain.dryrun.compiling import compile_program
 from tptrain.dryrun.libtpu import installed_libtpu, libtpu_at
-from tptrain.dryrun.options import split_options
 from tptrain.dryrun.tracing import TraceError, trace_in_child
 from tptrain.errors import ProblemsError, refuse
 from tptrain.estimate import memory_problems
@@ -71,7 +71,7 @@ def read_options(args: Sequence[str]) -> tuple[SearchOptions, list[str]]:
     found = split_options(args, _EXAMPLE, ("--json",))
     given = found.values
     options = SearchOptions(
-        compiles=_whole("--compile", given.get("--compile", "4"), 0),
+        compiles=found.whole("--compile", 4, 0),
         row_multiples=_multiples(given.get("--batch", "1")),
         price=_price(given["--price"]) if "--price" in given else None,
         libtpu=found.path("--libtpu"),
@@ -81,15 +81,13 @@ def read_options(args: Sequence[str]) -> tuple[SearchOptions, list[str]]:
     return options, found.rest
 
 
-def _whole(name: str, text: str, least: int) -> int:
-    if text.isdecimal() and int(text) >= least:
-        return int(text)
-    raise refuse(name, text, f"must be a whole number, at least {least}", "whole numbers", _EXAMPLE[name])
-
-
 def _multiples(text: str) -> tuple[int, ...]:
     """1 and every number that is named."""
-    return tuple(sorted({1, *(_whole("--batch", part.strip(), 1) for part in text.split(","))}))
+    return tuple(
+        sorted(
+            {1, *(whole_number("--batch", part.strip(), 1, _EXAMPLE["--batch"]) for part in text.split(","))}
+        )
+    )
 
 
 def _price(text: str) -> float:

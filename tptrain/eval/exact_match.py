@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -12,32 +13,23 @@ from tptrain.backends.base import Backend, Tensors
 from tptrain.config.plan import Plan
 from tptrain.config.schema import DataSection
 from tptrain.data.answers import exact_match
-from tptrain.data.render import check_columns, columns, encode_prompt, prompt_text, record_texts
-from tptrain.data.sources import load_records
+from tptrain.data.records import check_columns
+from tptrain.data.render import Question, Renderer
+from tptrain.data.sources import Record, Records, load_records
 from tptrain.errors import raise_if_any, refuse
 from tptrain.generate.decoding import Generator
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One held-out problem: as the record has it, as the model saw it, the right completion, the model's."""
+    """What the model answered to one held-out problem."""
 
-    question: str
-    prompt: str
-    reference: str
+    problem: Question
     generated: str
 
     @property
     def is_right(self) -> bool:
-        return exact_match(self.generated, self.reference)
-
-
-@dataclass(frozen=True)
-class _Problem:
-    question: str
-    prompt: str
-    reference: str
-    ids: list[int]
+        return exact_match(self.generated, self.problem.answer)
 
 
 @dataclass(frozen=True)
@@ -58,7 +50,8 @@ class Score:
 class ExactMatch:
     """Answers the same held-out problems whenever it is called; compiled at the first call.
 
-    skipped: problems left out: not two texts, or too long for the positions with an answer behind them.
+    skipped: problems left out: no question and answer, or too long for the positions with an answer behind
+    them.
     """
 
     def __init__(
@@ -66,15 +59,17 @@ class ExactMatch:
         plan: Plan,
         backend: Backend,
         tokenizer: PreTrainedTokenizerFast,
-        validation: Sequence[Mapping[str, Any]] | None = None,
+        stops: Sequence[int] = (),
+        validation: Records | None = None,
     ):
         """Reads the problems that the plan's eval section names. Raises ProblemsError when it cannot.
 
+        stops: ids that end an answer, beside EOS.
         validation: the records that data.validation has set apart, if any.
         """
         section, data = plan.recipe.eval, plan.recipe.data
         records = _records(plan, validation)
-        raise_if_any(check_columns(records, data))
+        raise_if_any(check_columns({name for record in records for name in record}, data))
         self._tokenizer = tokenizer
         room = plan.facts.max_position_embeddings - section.max_new_tokens
         self._problems = _fitting_problems(records, data, tokenizer, room)
@@ -89,8 +84,8 @@ class ExactMatch:
             )
         rows = min(section.batch_rows, len(self._problems))
         longest = max(len(problem.ids) for problem in self._problems)
-        stops = [tokenizer.eos_token_id]
-        self._generator = Generator(backend, plan, rows, longest, section.max_new_tokens, stops)
+        ends = sorted({tokenizer.eos_token_id, *stops})
+        self._generator = Generator(backend, plan, rows, longest, section.max_new_tokens, ends)
 
     def __call__(self, params: Tensors) -> Score:
         generated = self._generator.generate(params, [problem.ids for problem in self._problems])
@@ -98,32 +93,22 @@ class ExactMatch:
 
     def _answers(self, generated: Sequence[list[int]]) -> list[Answer]:
         texts = [str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in generated]
-        return [
-            Answer(problem.question, problem.prompt, problem.reference, text)
-            for problem, text in zip(self._problems, texts, strict=True)
-        ]
+        return [Answer(problem, text) for problem, text in zip(self._problems, texts, strict=True)]
 
 
-def _records(plan: Plan, validation: Sequence[Mapping[str, Any]] | None) -> Sequence[Mapping[str, Any]]:
+def _records(plan: Plan, validation: Records | None) -> Sequence[Record]:
     """The held-out problems: from eval.path, or the builtin's own, or those set apart."""
     section, data = plan.recipe.eval, plan.recipe.data
     if section.path is None and validation is not None and not data.path.startswith("builtin:"):
-        return validation[: section.problems]
+        return list(islice(validation, section.problems))
     setting, path = ("eval.path", section.path) if section.path else ("data.path", data.path)
     return load_records(path, section.subset, section.split, section.problems, setting)
 
 
 def _fitting_problems(
     records: Sequence[Mapping[str, Any]], data: DataSection, tokenizer: PreTrainedTokenizerFast, room: int
-) -> list[_Problem]:
-    """The records that are two texts and whose prompt has from 1 to `room` tokens."""
-    found = []
-    question, reference = columns(data)
-    for record in records:
-        if isinstance(record_texts(record, data), str):
-            continue
-        prompt = prompt_text(record, data)
-        ids = encode_prompt(tokenizer, prompt)
-        if 0 < len(ids) <= room:
-            found.append(_Problem(record[question], prompt, record[reference], ids))
-    return found
+) -> list[Question]:
+    """The records that ask for an answer, in a prompt of 1 to `room` tokens."""
+    renderer = Renderer(tokenizer, data)
+    questions = (renderer.question(record) for record in records)
+    return [each for each in questions if isinstance(each, Question) and 0 < len(each.ids) <= room]

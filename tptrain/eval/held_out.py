@@ -7,16 +7,16 @@ needs no more memory than a step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from tptrain.backends.base import TORCH_DTYPES, Backend, CompiledStep, StepFunction, Tensors
 from tptrain.config.plan import Plan
+from tptrain.config.schema import ScheduleSection
 from tptrain.config.state_parts import PARAMS
-from tptrain.data.batches import Batch
+from tptrain.data.batches import Batch, Batches
 from tptrain.data.dataset import TokenizedDataset
-from tptrain.data.in_order import batches_in_order
 from tptrain.models.calling import call_method
 
 # In the order of `Decoder.token_scores`.
@@ -113,16 +113,20 @@ class HeldOut:
     """Scores the same rows whenever it is called; compiled at the first call."""
 
     def __init__(self, plan: Plan, backend: Backend, dataset: TokenizedDataset):
-        """dataset: held-out rows of at most data.seq_len tokens, of which one counts at least."""
-        self._plan, self._dataset = plan, dataset
+        """dataset: held-out rows of at most data.seq_len tokens, of which one counts at least.
+
+        They are batched as those of one epoch of training, and share rows where training packs; but in
+        micro-batches, of which the last one is filled up with empty rows.
+        """
+        section = replace(plan.recipe.data, batch_rows=plan.micro_rows)
+        self._batches = Batches.of_run(dataset, section, 1, ScheduleSection(epochs=1))
         self._scorer = RowScorer(plan, backend)
 
     def __call__(self, params: Tensors) -> HeldOutScore:
         """params: weights by buffer name, left as they are."""
-        totals, waiting = RowTotals(), list[Tensors]()
-        seq_len = self._plan.recipe.data.seq_len
-        for batch in batches_in_order(self._dataset, self._plan.micro_rows, seq_len):
-            waiting.append(self._scorer.start(params, batch))
+        totals, waiting, batches = RowTotals(), list[Tensors](), self._batches
+        for cursor in range(0, batches.num_samples, batches.batch_rows):
+            waiting.append(self._scorer.start(params, batches.batch_at(cursor)))
             # One batch is under way while the next is made; more would pile up on the devices.
             if len(waiting) > 1:
                 totals += self._scorer.fetch(waiting.pop(0))

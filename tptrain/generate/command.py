@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tptrain.backends.base import Backend, Tensors
 from tptrain.backends.make import make_backend, prepare_process
@@ -23,8 +24,8 @@ from tptrain.config.schema import (
     ScheduleSection,
 )
 from tptrain.config.state_parts import PARAMS
-from tptrain.data.chat import question_ids
-from tptrain.data.render import CHAT, PRESETS, encode_prompt
+from tptrain.data.pairs import encode_prompt
+from tptrain.data.render import Renderer
 from tptrain.data.tokenizer import load_tokenizer
 from tptrain.errors import refuse
 from tptrain.generate.decoding import Generator
@@ -86,11 +87,9 @@ def answer(
     backend = make_backend(plan)  # before anything reads the step: JAX takes its devices at its first use
     ids = encode_prompt(tokenizer, prompt)
     if not raw and is_step_folder(source):
-        preset = read_run(source)["recipe"].get("data.preset")  # a converted model folder has none
-        if preset == CHAT:
-            ids = question_ids(tokenizer, prompt)
-        elif preset:
-            ids = encode_prompt(tokenizer, PRESETS[preset].prompt_of(prompt, {}))
+        form = _form(read_run(source)["recipe"])
+        if form is not None:
+            ids = Renderer(tokenizer, form).question_ids(prompt)
     if not ids:
         raise refuse("prompt", repr(prompt), "must have at least one token", "it has 0", "a text")
     if new_tokens is None:
@@ -99,6 +98,16 @@ def answer(
     generator = Generator(backend, plan, 1, len(ids), new_tokens, _stop_ids(source, tokenizer))
     (generated,) = generator.generate(_weights(plan, backend, source), [ids])
     return str(tokenizer.decode(generated, skip_special_tokens=True)).strip()
+
+
+def _form(saved: Mapping[str, Any]) -> DataSection | None:
+    """The form of the records that a run was trained on; None for a converted model folder, which has none.
+
+    saved: the settings of its recipe by name.
+    """
+    names = ("preset", "as_chat", "system_prompt")
+    found = {name: saved[f"data.{name}"] for name in names if f"data.{name}" in saved}
+    return DataSection(**found) if found else None
 
 
 def _plan(source: Path, overrides: Sequence[str]) -> Plan:

@@ -103,7 +103,7 @@ def _must_stay(setting: str, value: object, saved: object) -> Problem:
 def continuation(plan: Plan, run: Mapping[str, Any], data_digest: str) -> Continuation:
     """How a plan without `continuation_problems` goes on.
 
-    data_digest: `TokenizedDataset.digest` of the plan's data.
+    data_digest: `Batches.digest` of the plan's data.
     """
     changes = _changes(plan, run)
     told = [_line(s, *values) for s, values in changes.items() if meaning(s) is Change.TOLD]

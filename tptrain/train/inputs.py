@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
@@ -13,11 +13,12 @@ from transformers import PreTrainedTokenizerFast
 from tptrain.backends.base import TensorSource
 from tptrain.ckpt.steps import is_step_folder
 from tptrain.config.plan import Plan
-from tptrain.data.batches import Batches, run_length
-from tptrain.data.dataset import TokenizedDataset, tokenize_records
-from tptrain.data.render import all_texts
-from tptrain.data.sources import Record, load_records
+from tptrain.data.batches import Batches
+from tptrain.data.dataset import TokenizedDataset
+from tptrain.data.render import texts_of
+from tptrain.data.sources import Records, open_records
 from tptrain.data.split import split_records
+from tptrain.data.token_cache import tokenized
 from tptrain.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
 from tptrain.errors import ProblemsError, raise_if_any
 from tptrain.jaxside.random_init import RandomSource
@@ -35,37 +36,38 @@ from tptrain.weights import (
 class Prepared:
     """Everything that reading the inputs yields, before a device is touched.
 
-    data_digest:      `TokenizedDataset.digest`: what a run that goes on compares.
+    stop_ids:         what ends an answer, in the records that are trained on.
+    data_digest:      `Batches.digest`: what a run that goes on compares.
     held_out:         rows for the held-out loss, None where it is not measured.
     held_out_records: the records that data.validation sets apart, None without it.
     """
 
     tokenizer: PreTrainedTokenizerFast
     batches: Batches
+    stop_ids: tuple[int, ...]
     data_digest: str
     held_out: TokenizedDataset | None = None
-    held_out_records: list[Record] | None = None
+    held_out_records: Records | None = None
 
 
 def prepare(plan: Plan, folder: RunFolder, console: Console) -> Prepared:
     """Read records and tokenizer; tokenise."""
     recipe = plan.recipe
     data = recipe.data
-    records, validation = load_records(data.path, data.subset, data.split, data.max_records), None
+    records, validation = open_records(data.path, data.subset, data.split, data.max_records), None
     if data.validation:
         records, validation = split_records(records, data)
     tokenizer = _tokenizer(plan, folder, records)
     raise_if_any(check_tokenizer(tokenizer, plan.facts.vocab_size))
-    dataset, counts = tokenize_records(records, tokenizer, data)
+    dataset, counts = tokenized(records, tokenizer, data, console.print)
     console.print(f"Data: {counts}.")
-    total_samples = run_length(len(dataset), recipe.schedule, data.batch_rows).total_samples
-    batches = Batches(dataset, data, recipe.optim.accumulation, total_samples)
+    batches = Batches.of_run(dataset, data, recipe.optim.accumulation, recipe.schedule)
     held_out = _held_out(plan, tokenizer, validation, console)
-    return Prepared(tokenizer, batches, dataset.digest(), held_out, validation)
+    return Prepared(tokenizer, batches, dataset.stop_ids, batches.digest(), held_out, validation)
 
 
 def _held_out(
-    plan: Plan, tokenizer: PreTrainedTokenizerFast, validation: list[Record] | None, console: Console
+    plan: Plan, tokenizer: PreTrainedTokenizerFast, validation: Records | None, console: Console
 ) -> TokenizedDataset | None:
     """The rows of the held-out loss, rendered like those of training; None where it is not measured."""
     section, data = plan.recipe.eval, plan.recipe.data
@@ -73,13 +75,15 @@ def _held_out(
         setting, records = "data.validation", validation
     elif section.loss_path is not None:
         setting = "eval.loss_path"
-        records = load_records(
+        records = open_records(
             section.loss_path, section.subset, section.split, section.loss_records, setting
         )
     else:
         return None
     try:
-        dataset, counts = tokenize_records(records, tokenizer, data)
+        # Few records may by chance be unlabelled ones for the most part; training tells of a wrong preset.
+        lenient = replace(data, max_unlabelled=1.0)
+        dataset, counts = tokenized(records, tokenizer, lenient, console.print)
     except ProblemsError as error:
         # Columns and lengths are the same settings for all records; where they come from is not.
         value = data.validation if validation is not None else section.loss_path
@@ -92,7 +96,7 @@ def _held_out(
     return dataset
 
 
-def _tokenizer(plan: Plan, folder: RunFolder, records: list[dict[str, Any]]) -> PreTrainedTokenizerFast:
+def _tokenizer(plan: Plan, folder: RunFolder, records: Records) -> PreTrainedTokenizerFast:
     """The recipe's tokenizer; a run that goes on reads back the one that it has kept."""
     model = plan.recipe.model
     if resumes(plan, folder):
@@ -101,7 +105,7 @@ def _tokenizer(plan: Plan, folder: RunFolder, records: list[dict[str, Any]]) -> 
         return load_tokenizer(replace(model, tokenizer=str(folder.assets)))
     if model.tokenizer != "train":
         return load_tokenizer(model)
-    return train_tokenizer(all_texts(records, plan.recipe.data), plan.facts.vocab_size)
+    return train_tokenizer(texts_of(records, plan.recipe.data), plan.facts.vocab_size)
 
 
 def weight_source(plan: Plan) -> TensorSource | Path:
@@ -113,8 +117,13 @@ def weight_source(plan: Plan) -> TensorSource | Path:
     return path if is_step_folder(path) else SafetensorsSource(pretrained, plan.table)
 
 
-def write_assets(plan: Plan, folder: RunFolder, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Write a new run's config and tokenizer; what a run that saved no step has left is replaced."""
+def write_assets(
+    plan: Plan, folder: RunFolder, tokenizer: PreTrainedTokenizerFast, stop_ids: Sequence[int]
+) -> None:
+    """Write a new run's config and tokenizer; what a run that saved no step has left is replaced.
+
+    stop_ids: what ends an answer, as the records have it: a server is told to stop there.
+    """
     if folder.assets.exists():
         shutil.rmtree(folder.assets)
     model = plan.recipe.model
@@ -126,7 +135,8 @@ def write_assets(plan: Plan, folder: RunFolder, tokenizer: PreTrainedTokenizerFa
         tokenizer_folder = _assets_of(model.pretrained, "model.pretrained", TOKENIZER_FILES)
     elif model.tokenizer != "train":
         tokenizer_folder = local_folder(model.tokenizer, "model.tokenizer", TOKENIZER_FILES)
-    collect_assets(folder.assets, plan.hf_config, tokenizer, tokenizer_folder, checkpoint_folder)
+    source = (tokenizer_folder, checkpoint_folder)
+    collect_assets(folder.assets, plan.hf_config, tokenizer, *source, stops=stop_ids)
 
 
 def _assets_of(source: str, setting: str, patterns: tuple[str, ...]) -> Path:

@@ -159,7 +159,7 @@ def _score_before(scoring: Scoring | None, start: Start) -> Scores | None:
 def _scoring(run: _Run, backend: Backend, prepared: Prepared) -> Scoring | None:
     plan, exact, held_out = run.plan, None, None
     if plan.recipe.eval.problems:
-        exact = ExactMatch(plan, backend, prepared.tokenizer, prepared.held_out_records)
+        exact = ExactMatch(plan, backend, prepared.tokenizer, prepared.stop_ids, prepared.held_out_records)
         if exact.skipped:
             run.say(f"Evaluation: {exact.skipped} problems left out (no text, or too long to answer).")
     if prepared.held_out is not None:
@@ -174,7 +174,7 @@ def _begin_folder(run: _Run, prepared: Prepared) -> None:
         steps = ", ".join(map(str, unverified))
         run.say(f"Note: without a digest manifest, so not gone on from: step {steps} (--unverified would).")
     run.folder.root.mkdir(parents=True, exist_ok=True)
-    write_assets(run.plan, run.folder, prepared.tokenizer)
+    write_assets(run.plan, run.folder, prepared.tokenizer, prepared.stop_ids)
     run.journal.open()
     run.journal.cut(0)
 

@@ -128,8 +128,8 @@ def _set_newer_aside(plan: Plan, folder: RunFolder, step: int, say: Callable[[st
 def length_from(plan: Plan, prepared: Prepared, start: Continuation) -> RunLength:
     """How long the run is, going on from `start`."""
     recipe = plan.recipe
-    records = len(prepared.batches.dataset)
-    return run_length(records, recipe.schedule, recipe.data.batch_rows, start.step, start.cursor)
+    samples = prepared.batches.num_samples
+    return run_length(samples, recipe.schedule, recipe.data.batch_rows, start.step, start.cursor)
 
 
 def length_problems(plan: Plan, prepared: Prepared, start: Continuation) -> list[Problem]:

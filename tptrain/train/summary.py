@@ -81,7 +81,7 @@ def print_summary(
     console.print(f"Checkpoint: {checkpoint}", soft_wrap=True)
     if exported is not None:
         console.print(f"Exported:   {exported}  (a Hugging Face model folder)", soft_wrap=True)
-    question = answers.answers[0].question if answers is not None else "your question"
+    question = answers.answers[0].problem.question if answers is not None else "your question"
     console.print(f"Next:       tptrain generate {output_dir} {shlex.quote(question)}", soft_wrap=True)
 
 
@@ -111,13 +111,13 @@ def _score_text(metric: str, scores: Scores) -> str:
 
 def _print_answers(console: Console, before: Score | None, after: Score) -> None:
     for index, new in enumerate(after.answers[:_SHOWN_ANSWERS]):
-        console.print(f"\n{new.prompt}", markup=False, soft_wrap=True)
+        console.print(f"\n{new.problem.prompt}", markup=False, soft_wrap=True)
         if before is not None:
             old = _one_line(before.answers[index].generated)
             console.print(f"  before: {old}", markup=False, soft_wrap=True)
         mark = "right" if new.is_right else "wrong"
         console.print(f"  after:  {_one_line(new.generated)}  [{mark}]", markup=False, soft_wrap=True)
-        console.print(f"  true:   {_one_line(new.reference)}", markup=False, soft_wrap=True)
+        console.print(f"  true:   {_one_line(new.problem.answer)}", markup=False, soft_wrap=True)
     console.print()
 
 

@@ -1,4 +1,4 @@
-"""Options of the commands that run dry: those with a value, those without, and everything else."""
+"""Options of a command: those with a value, those without, and everything else."""
 
 from __future__ import annotations
 
@@ -20,6 +20,18 @@ class Options:
     def path(self, name: str) -> Path | None:
         """The path that an option names; None where it is not given."""
         return Path(self.values[name]).expanduser() if name in self.values else None
+
+    def whole(self, name: str, default: int, least: int) -> int:
+        """The whole number that an option gives, at least `least`. Raises ProblemsError for anything else."""
+        text = self.values.get(name, str(default))
+        return whole_number(name, text, least, str(max(default, least)))
+
+
+def whole_number(name: str, text: str, least: int, example: str) -> int:
+    """A whole number from an argument. Raises ProblemsError for anything else, or one below `least`."""
+    if text.isdecimal() and int(text) >= least:
+        return int(text)
+    raise refuse(name, text, f"must be a whole number, at least {least}", "whole numbers", example)
 
 
 def split_options(args: Sequence[str], examples: Mapping[str, str], flags: Collection[str]) -> Options:
