@@ -153,11 +153,18 @@ def _draw_panel(axes: Axes, panel: Panel, runs: dict[str, list[StepRecord]]) -> 
 
 
 def centred_mean(values: Sequence[float], window: int) -> np.ndarray:
-    """The mean over `window` values around each one; near an end, over fewer, as many on each side."""
-    totals = np.concatenate([[0.0], np.cumsum(values)])
+    """The mean over `window` values around each one; near an end, over fewer, as many on each side.
+
+    Values that are not finite, of steps that were skipped, count nowhere; NaN where there are no others.
+    """
+    known = np.isfinite(values)
+    totals = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(known)])
     places = np.arange(len(values))
     reach = np.minimum(np.minimum(places, len(values) - 1 - places), window // 2)
-    return (totals[places + reach + 1] - totals[places - reach]) / (2 * reach + 1)
+    found = counts[places + reach + 1] - counts[places - reach]
+    sums = totals[places + reach + 1] - totals[places - reach]
+    return np.where(found > 0, sums / np.maximum(found, 1), np.nan)
 
 
 def write(figure: Figure, out: Path) -> None:

@@ -159,6 +159,10 @@ def test_output_paths(overrides: tuple[str, ...], output: str, export: str | Non
         ("save.keep_last=5", "save.every_steps=0", "no effect with save.every_steps=0"),
         ("save.keep_every=7", "save.every_steps=10", "no effect with save.every_steps=10 and schedule.max_s"),
         ("eval.every_steps=7", "eval.problems=0", "no effect with eval.problems=0"),
+        ("eval.loss_records=7", "eval.loss_path=none", "no effect with eval.loss_path=none"),
+        ("export.require=exact_match>=1", "export.enabled=false", "no effect with export.enabled=false"),
+        ("guards.window=9", "guards.spike_factor=0", "no effect with guards.spike_factor=0"),
+        ("guards.max_skipped=9", "guards.non_finite=stop", "no effect with guards that skip nothing"),
         ("unverified=true", "resume=never", "no effect with resume=never"),
         ("optim.momentum=0.9", "optim.name=adamw", "no effect with optim.name=adamw"),
         ("optim.scale_parameter=true", "optim.name=adamw", "no effect with optim.name=adamw"),
@@ -177,6 +181,15 @@ def test_settings_without_effect_are_stated(override: str, beside: str, notice: 
     assert stated.startswith(f"{override} has {notice}")
     if beside != "eval.problems=0":
         assert not _plan(beside).notices
+
+
+def test_a_window_that_the_run_never_fills_is_stated() -> None:
+    """Of 40 steps the last one is compared with the norms of steps up to 38."""
+    (stated,) = _plan("guards.spike_factor=5", "guards.window=39").notices
+    assert stated.startswith(
+        "guards.spike_factor=5 has no effect with guards.window=39 and schedule.max_steps=40"
+    )
+    assert not _plan("guards.spike_factor=5", "guards.window=38").notices
 
 
 def test_saves_by_time_keep_what_they_are_told_to() -> None:

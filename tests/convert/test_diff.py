@@ -16,7 +16,7 @@ from tests.weights.small_llama import rewrite
 from tools.bench.damages import DAMAGES
 from tptrain.ckpt.digests import MANIFEST
 from tptrain.ckpt.importing import write_step
-from tptrain.ckpt.reading import read_run
+from tptrain.ckpt.steps import read_run
 from tptrain.convert.differences import TensorDifference, tensor_difference
 
 NORM = "model.layers.1.input_layernorm.weight"

@@ -19,7 +19,7 @@ from tptrain.ckpt.digests import FileDigest, digest_file
 from tptrain.ckpt.host_array import HostArray, Pieces, array_item_handler
 from tptrain.ckpt.plain_chunks import ChunkDamage, plain_array
 from tptrain.ckpt.publishing import publish
-from tptrain.ckpt.reading import read_run
+from tptrain.ckpt.steps import read_run
 
 # (shape, chunks): a vocabulary in 4 parts, split columns, both, edges in both dims, one dim, one chunk.
 SPLITS = [

@@ -15,11 +15,11 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "tiny_word_problems.py"
 def test_held_out_problems_are_answered_after_training_only(tmp_path):
     settings = ["topology=cpu-1", f"output_dir={tmp_path / 'run'}", "log.tensorboard=false"]
     result = train(plan_recipe(apply_overrides(load_recipe(RECIPE), settings)))
-    assert len(result.before.answers) == 200
-    assert result.before.rate < 0.05
-    assert result.after.rate >= 0.8
+    assert len(result.before.exact.answers) == 200
+    assert result.before.exact.rate < 0.05
+    assert result.after.exact.rate >= 0.8
     assert len({record.compiles for record in read_journal(tmp_path / "run" / "journal.jsonl")}) == 1
     assert is_held_out((33, 3)), "the first problem that the quickstart shows"
-    assert result.after.answers[0].problem.question.startswith(
+    assert result.after.exact.answers[0].problem.question.startswith(
         "Finn has 33 shells. Noah has 3 times as many."
     )

@@ -16,7 +16,8 @@ from tptrain.backends.base import Tensors
 from tptrain.backends.torch_backend import TorchBackend
 from tptrain.backends.xla.backend import XlaBackend
 from tptrain.config import Plan
-from tptrain.train.step import loss_and_gradients
+from tptrain.models.calling import call_method
+from tptrain.train.step import LOSS_NAMES, loss_and_gradients
 
 CONFIGS = {False: small.LLAMA3, True: small.LLAMA3_TIED}
 PERMUTED = (6, 2, 7, 3, 4, 0, 5, 1)
@@ -105,6 +106,21 @@ def tokens_with_logits(program: str, vocab: int) -> set[int]:
         if vocab in sizes:
             found.add(math.prod(sizes) // vocab)
     return found
+
+
+def test_scores_without_gradients_hold_the_logits_of_a_chunk_too() -> None:
+    plan = CASES["4x2"].plan()
+    backend = XlaBackend(plan, PERMUTED)
+    decoder = backend.decoder()
+    weights = backend.place(small.DictSource(small.weights_of(small.reference())))
+    constants = {name: backend.put_constant(t) for name, t in decoder.constants().items()}
+    inputs = small.step_inputs(backend, plan, constants, 1)
+    with torch.no_grad():
+        arguments = tuple(inputs[name][0] for name in LOSS_NAMES)
+        sums = call_method(decoder, "token_scores", {**weights, **constants}, arguments)
+    program = torch_xla._XLAC._get_xla_tensors_hlo([sums])
+    found = tokens_with_logits(program, backend.plan.padded_vocab)
+    assert found - {1, plan.facts.hidden_size} == {small.ROWS * 8}
 
 
 @pytest.mark.parametrize("case", CASES)

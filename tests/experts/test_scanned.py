@@ -21,6 +21,8 @@ from tptrain.backends.xla.backend import XlaBackend
 from tptrain.backends.xla.experts import ExpertsKernel, GroupedExperts
 from tptrain.backends.xla.placeholders import PlaceholderBackend
 from tptrain.config import Plan
+from tptrain.data.batches import Batch
+from tptrain.eval.held_out import RowScorer
 from tptrain.train.state import fresh_state, split_frozen, state_specs
 from tptrain.train.step import loss_and_gradients, make_train_step, prepare_step, step_placeholders
 
@@ -169,3 +171,14 @@ def test_the_plan_of_a_run_is_traced_without_data() -> None:
     inputs = {**step_placeholders(backend, plan), **constants, **frozen}
     step = backend.trace_step(function, state, inputs, state_specs(backend))
     assert products(xla_client.XlaComputation(step.module).as_hlo_text()) == {"gmm": 9, "tgmm": 3}
+
+
+def test_held_out_scores_have_the_grouped_products_of_a_forward_pass() -> None:
+    plan = small.small_plan(2, 2, expert=2, topology="v5e-8", config=CONFIG, remat="full", attention="plain")
+    backend = PlaceholderBackend(plan)
+    scorer = RowScorer(plan, backend)
+    counts = dict.fromkeys(("counted_tokens", "real_tokens", "padded_tokens"), 0)
+    batch = Batch(**small.train_batch(1), **counts, rows_digest="")
+    inputs = scorer.inputs(backend.place(backend.no_source), batch)
+    step = backend.trace_step(scorer.function(), {}, inputs, {})
+    assert products(xla_client.XlaComputation(step.module).as_hlo_text()) == {"gmm": 3}

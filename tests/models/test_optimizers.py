@@ -195,7 +195,7 @@ def test_what_changes_with_the_step_is_an_input() -> None:
     scalars = {s: step_scalars(s, 40, section, OptimSection(name="adafactor")) for s in (1, 2, 32)}
     assert scalars[1]["second_moment_rate"] == 1
     assert scalars[32]["second_moment_rate"] == pytest.approx(2**-4)
-    assert set(scalars[2]) == {"learning_rate", "second_moment_rate"}
+    assert set(scalars[2]) == {"learning_rate", "norm_limit", "second_moment_rate"}
     assert set(OPTIMIZERS) == {"adamw", "adafactor"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from functools import cache
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from tests import small
 from tptrain.backends.base import Tensors
 from tptrain.backends.torch_backend import TorchBackend
-from tptrain.config import OptimSection, Plan, ScheduleSection
+from tptrain.config import GuardsSection, OptimSection, Plan, ScheduleSection
 from tptrain.models.decoder import Block
 from tptrain.train.schedule import learning_rate, step_scalars
 from tptrain.train.state import HALTED, fresh_state, part_of
@@ -239,6 +240,55 @@ def test_what_is_not_finite_stops_the_run_before_the_update(spoil: Any) -> None:
     assert (outputs["finite"] == 1) == (spoil is infinite_loss), "the next batch is sound"
     assert later[HALTED] == 1
     assert all(same_bits(later[name], before[name]) for name in before if name != HALTED)
+
+
+def guarded(run: Training, **guards: Any) -> None:
+    """Give a run the step of a recipe with these guards."""
+    recipe = dataclasses.replace(run.plan.recipe, guards=GuardsSection(**guards))
+    run.step = make_train_step(run.decoder, run.backend.layout, recipe)
+
+
+def test_a_step_that_is_skipped_leaves_the_state_and_the_next_one_goes_on() -> None:
+    run = Training(small.torch_plan(), weights())
+    guarded(run, non_finite="skip")
+    run.state, _ = run.step(run.state, run.inputs(1))
+    bad = run.inputs(2)
+    infinite_loss(run, bad)
+    skipped, outputs = run.step(run.state, bad)
+    assert outputs["finite"] == 0 and outputs["spike"] == 0
+    assert skipped[HALTED] == 0
+    assert all(same_bits(skipped[name], run.state[name]) for name in run.state if name != HALTED)
+    after, outputs = run.step(skipped, run.inputs(3))
+    straight, _ = run.step(run.state, run.inputs(3))
+    assert outputs["finite"] == 1 and all(torch.equal(after[name], straight[name]) for name in after)
+    assert not same_bits(after["params/lm_head.weight"], skipped["params/lm_head.weight"])
+
+
+@pytest.mark.parametrize("spike", ["skip", "stop"])
+def test_a_norm_above_its_limit_is_a_spike_and_one_at_it_is_not(spike: Any) -> None:
+    run = Training(small.torch_plan(), weights())
+    guarded(run, spike_factor=2, spike=spike)
+    inputs = run.inputs(1)
+    norm = run.step(run.state, inputs)[1]["grad_norm"]
+    applied, outputs = run.step(run.state, {**inputs, "norm_limit": norm})
+    assert outputs["spike"] == 0 and outputs["finite"] == 1
+    assert not same_bits(applied["params/lm_head.weight"], run.state["params/lm_head.weight"])
+    left, outputs = run.step(run.state, {**inputs, "norm_limit": torch.nextafter(norm, norm * 0)})
+    assert outputs["spike"] == 1 and outputs["finite"] == 1
+    assert left[HALTED] == (1 if spike == "stop" else 0)
+    assert all(same_bits(left[name], run.state[name]) for name in left if name != HALTED)
+    later, _ = run.step(left, inputs)
+    is_left = same_bits(later["params/lm_head.weight"], run.state["params/lm_head.weight"])
+    assert is_left == (spike == "stop")
+
+
+def test_what_is_not_finite_is_no_spike() -> None:
+    run = Training(small.torch_plan(), weights())
+    guarded(run, non_finite="skip", spike="stop", spike_factor=2)
+    inputs = run.inputs(1)
+    infinite_gradients(run, inputs)
+    left, outputs = run.step(run.state, {**inputs, "norm_limit": torch.tensor(1.0)})
+    assert outputs["finite"] == 0 and outputs["spike"] == 0 and left[HALTED] == 0
 
 
 def test_full_remat_computes_layers_twice_and_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,16 +12,20 @@ import pytest
 import torch
 import torch_xla
 import torch_xla.distributed.spmd as xs
+from jax._src.lib import xla_client
 from torch_xla.core.xla_builder import create_placeholder_tensor
 
 from tests import small
 from tptrain.backends.base import Tensors
 from tptrain.backends.torch_backend import TorchBackend
 from tptrain.backends.xla.backend import XlaBackend
+from tptrain.backends.xla.placeholders import PlaceholderBackend
 from tptrain.backends.xla.sharding import partition_spec
 from tptrain.backends.xla.splash import SplashKernel, splash_core
 from tptrain.config import Plan
 from tptrain.config.kernels import SplashBlocks
+from tptrain.data.batches import Batch
+from tptrain.eval.held_out import RowScorer
 from tptrain.mesh import Spec, spec_of
 from tptrain.train.step import loss_and_gradients
 
@@ -35,6 +39,7 @@ CONFIG = small.small_config(
     num_key_value_heads=2,
     num_hidden_layers=2,
 )
+COUNTS = ("counted_tokens", "real_tokens", "padded_tokens")
 POLICIES = ("full", "attention", "dots", "none")
 
 
@@ -161,3 +166,16 @@ def test_the_program_is_traced_without_data() -> None:
     program = torch_xla._XLAC._get_xla_tensors_hlo([loss, *gradients.values()])
     assert kernels(program) == ["dkv", "dq", "fwd"]
     assert program.count(" dot(") == tpu_program("attention").count(" dot(")
+
+
+def test_held_out_scores_run_each_forward_kernel_once_and_no_backward_one() -> None:
+    """The program of an evaluation, traced for a TPU slice without data, as a dry run traces a step."""
+    plan = small.small_plan(4, data=2, topology="v5e-8", config=CONFIG, length=LENGTH, remat="full")
+    backend = PlaceholderBackend(plan)
+    scorer = RowScorer(plan, backend)
+    batch = Batch(**small.train_batch(1, 1, LENGTH), **dict.fromkeys(COUNTS, 0), rows_digest="")
+    inputs = scorer.inputs(backend.place(backend.no_source), batch)
+    step = backend.trace_step(scorer.function(), {}, inputs, {})
+    program: str = xla_client.XlaComputation(step.module).as_hlo_text()
+    assert program.count('custom_call_target="tpu_custom_call"') == 1, "in the body of the loop over layers"
+    assert step.donated == frozenset() and step.outputs == ("loss_sum", "counted", "correct")

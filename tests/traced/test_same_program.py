@@ -118,9 +118,9 @@ def test_names_specs_and_donors_are_those_of_the_parameters() -> None:
     donors = {traced.parameters[entry.parameter_number] for entry in module.buffer_donor.entries}
     assert donors == traced.donated == set(state_specs(PlaceholderBackend(plan)))
     assert traced.specs["params/lm_head.weight"] == (("tensor",), ("fsdp",)) and traced.specs[HALTED] == ()
-    assert traced.outputs[-4:] == ("loss", "counted", "grad_norm", "finite")
+    assert traced.outputs[-5:] == ("loss", "counted", "grad_norm", "finite", "spike")
     # The batch and the learning rate are parameters, so no value of theirs is part of the program.
-    assert {"tokens", "weights", "learning_rate", "bias_correction1"} <= set(traced.parameters)
+    assert {"tokens", "weights", "learning_rate", "bias_correction1", "norm_limit"} <= set(traced.parameters)
 
 
 def test_two_traces_are_equal_and_state_leaves_as_it_came() -> None:

@@ -10,6 +10,8 @@ from rich.console import Console
 from tests.estimate.workloads import llama3_plan, small_plan
 from tptrain.config import Plan
 from tptrain.data.batches import RunLength
+from tptrain.train.best_so_far import BestSoFar
+from tptrain.train.guards import Guards
 from tptrain.train.loop import Progress
 from tptrain.train.start import Start
 from tptrain.train.summary import print_start
@@ -17,7 +19,8 @@ from tptrain.train.summary import print_start
 
 def _said(plan: Plan) -> str:
     console = Console(file=io.StringIO(), width=400)
-    print_start(console, plan, Start({}, Progress(0, 0), RunLength(40, None), ()), True)
+    start = Start({}, Progress(0, 0), RunLength(40, None), (), BestSoFar(plan), Guards(plan))
+    print_start(console, plan, start, True)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 

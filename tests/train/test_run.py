@@ -25,8 +25,8 @@ from tptrain.config.planning import plan_recipe
 from tptrain.errors import ProblemsError
 from tptrain.export import export_step
 from tptrain.family import stored_rows
+from tptrain.train.guards import NonFiniteError
 from tptrain.train.journal import read_journal
-from tptrain.train.loop import NonFiniteError
 from tptrain.train.run import train
 
 
@@ -109,8 +109,8 @@ def test_non_finite_loss_stops_before_the_update_and_names_the_step(recipe, tmp_
 def test_answers_before_and_after_are_scored(recipe, records):
     section = EvalSection(problems=5, path=str(records), max_new_tokens=8, batch_rows=2)
     result = train(plan_recipe(recipe(eval=section)))
-    assert len(result.before.answers) == len(result.after.answers) == 5
-    assert result.before.answers[0].problem.prompt.startswith("Question: ")
+    assert len(result.before.exact.answers) == len(result.after.exact.answers) == 5
+    assert result.before.exact.answers[0].problem.prompt.startswith("Question: ")
 
 
 PROMPTS = ("Question: Ann has 48 coins. Ben gives Ann 24 more.\nAnswer:", "48+24", "Answer: 7", "Ann has")
@@ -268,5 +268,5 @@ def test_problems_too_long_to_answer_are_left_out(recipe, tmp_path, capsys):
     long.write_text("".join(json.dumps({"question": t, "answer": "#### 1"}) + "\n" for t in texts))
     section = EvalSection(problems=2, path=str(long), max_new_tokens=8, batch_rows=2)
     result = train(plan_recipe(recipe(eval=section)))
-    assert [answer.problem.question for answer in result.after.answers] == ["How many?"]
+    assert [answer.problem.question for answer in result.after.exact.answers] == ["How many?"]
     assert "1 problems left out" in capsys.readouterr().out

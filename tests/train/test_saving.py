@@ -45,7 +45,7 @@ def test_steps_are_kept_by_number_and_by_score(recipe, records, folder):
         {},
         {"exact_match": 0.0, "loss": read_journal(folder / "journal.jsonl")[-1].loss},
     ]
-    assert result.after.rate == 0.0
+    assert result.after.metrics == {"exact_match": 0.0}
     assert find_step(folder, "checkpoint", "best").name == "7"
 
 
@@ -92,7 +92,7 @@ def test_a_resumed_run_is_not_scored_before_training_but_after_it(recipe, record
     train(plan_recipe(recipe(export=NO_EXPORT)))
     capsys.readouterr()
     result = train(plan_recipe(recipe(export=NO_EXPORT, resume="auto", eval=section)))
-    assert result.before is None and len(result.after.answers) == 5
+    assert result.before is None and len(result.after.exact.answers) == 5
     evals = [(e.event, e.step) for e in read_events(folder / "journal.jsonl") if e.phase == "eval"]
     assert evals == [("begin", 4), ("end", 4)], "no step is left to train, but the model is scored"
 

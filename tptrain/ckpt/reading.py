@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from tptrain.ckpt.digests import (
     read_manifest,
 )
 from tptrain.ckpt.plain_chunks import ChunkDamage, plain_array
-from tptrain.ckpt.steps import RUN
+from tptrain.ckpt.steps import RUN, read_run
 from tptrain.config.schema import LoraSection
 from tptrain.config.state_parts import PARAMS
 from tptrain.errors import Problem, ProblemsError, refuse
@@ -41,22 +40,6 @@ def readable(step_folder: Path, setting: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
         raise refuse(setting, step_folder, "must be readable", reason, "an intact step") from error
-
-
-# What Orbax's JsonCheckpointHandler names its file.
-_RUN_FILE = "metadata"
-
-
-def read_run(step_folder: Path) -> dict[str, Any]:
-    """The JSON item of a step: step, cursor, seeds, recipe, config, versions.
-
-    Read as the file it is: through Orbax it would start JAX, whose devices a run has yet to set up.
-    Raises OSError or ValueError for what is no such item.
-    """
-    run = json.loads((step_folder / RUN / _RUN_FILE).read_text(encoding="utf-8"))
-    if not isinstance(run, dict):
-        raise ValueError(f"{step_folder / RUN} holds a {type(run).__name__}")
-    return run
 
 
 def lora_of(run: Mapping[str, Any]) -> LoraSection | None:

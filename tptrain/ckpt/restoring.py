@@ -19,8 +19,8 @@ from tptrain.ckpt.digests import (
     listing_damages,
     read_manifest,
 )
-from tptrain.ckpt.reading import StepSource, check_tree, describe, lora_of, read_run
-from tptrain.ckpt.steps import saved_steps, set_aside
+from tptrain.ckpt.reading import StepSource, check_tree, describe, lora_of
+from tptrain.ckpt.steps import read_run, saved_steps, set_aside
 from tptrain.config.plan import Plan
 from tptrain.config.state_parts import PARAMS
 from tptrain.errors import Problem, raise_if_any, refuse

@@ -6,20 +6,24 @@ written by another program. Whatever has a name that is not a number is no step 
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tptrain.ckpt.digests import MANIFEST, ManifestError, read_manifest
 from tptrain.ckpt.policies import SavedStep
+from tptrain.config.metrics import EXACT_MATCH, is_better
 from tptrain.config.state_parts import PARAMS
 from tptrain.errors import refuse
 
 # The item of a step that is no part of the state: what a run needs to go on.
 RUN = "run"
 
-BEST_METRIC = "exact_match"
+# What Orbax's JsonCheckpointHandler names the file of that item.
+RUN_FILE = "metadata"
 
 _DELETING = ".deleting"
 _ORBAX_PARTIAL = ".orbax-checkpoint-tmp"
@@ -81,7 +85,7 @@ def remove_leftovers(folder: Path) -> None:
 def find_step(path: Path, setting: str, which: str = "latest") -> Path:
     """The step folder that a path means: a step itself, or a step of a run or of a `checkpoints` folder.
 
-    which: "latest", "best" (the highest held-out score), or the number of a step.
+    which: "latest", "best" (by what the run calls so, see `best_step`), or the number of a step.
     """
     if is_step_folder(path):
         return path
@@ -104,13 +108,50 @@ def find_step(path: Path, setting: str, which: str = "latest") -> Path:
     raise refuse("--from-step", which, rule, other, f"{steps[-1]}")
 
 
+def best_step(folder: Path, metric: str) -> SavedStep | None:
+    """The published step with the best `metric`, of equal ones the newest; None where no step has it."""
+    best: SavedStep | None = None
+    for saved in with_metrics(folder):
+        score = saved.metrics.get(metric)
+        if score is not None and (best is None or not is_better(metric, best.metrics[metric], score)):
+            best = saved
+    return best
+
+
 def _best(folder: Path, setting: str) -> int:
-    scored = [s for s in with_metrics(folder) if BEST_METRIC in s.metrics]
-    if not scored:
+    metric = best_metric_of(folder)
+    best = best_step(folder, metric)
+    if best is None:
         rule = "must have scored steps for --from-step best"
-        other = f"no step has the score {BEST_METRIC}"
+        other = f"no step has the score {metric}"
         raise refuse(setting, folder, rule, other, "--from-step latest, or a run with eval.every_steps")
-    return max(scored, key=lambda s: (s.metrics[BEST_METRIC], s.step)).step
+    return best.step
+
+
+def best_metric_of(folder: Path) -> str:
+    """What makes a step of a run the best one: the run's save.best_metric, as its newest step has it.
+
+    Runs from before there was a choice, and steps whose `run` item cannot be read, go by exact match.
+    """
+    for step in reversed(saved_steps(folder)):
+        try:
+            metric = read_run(folder / str(step)).get("best_metric")
+        except (OSError, ValueError):
+            continue
+        return metric if isinstance(metric, str) else EXACT_MATCH
+    return EXACT_MATCH
+
+
+def read_run(step_folder: Path) -> dict[str, Any]:
+    """The JSON item of a step: step, cursor, seeds, recipe, config, versions.
+
+    Read as the file it is: through Orbax it would start JAX, whose devices a run has yet to set up.
+    Raises OSError or ValueError for what is no such item.
+    """
+    run = json.loads((step_folder / RUN / RUN_FILE).read_text(encoding="utf-8"))
+    if not isinstance(run, dict):
+        raise ValueError(f"{step_folder / RUN} holds a {type(run).__name__}")
+    return run
 
 
 def _listed(steps: Iterable[int]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from tptrain.config.compiler_flags import chosen_flags
 from tptrain.config.kernels import ExpertsCore, SplashBlocks
 from tptrain.config.loss_chunks import chunk_tokens
+from tptrain.config.metrics import best_metric, measured_metrics
 from tptrain.config.remat import offloaded
 from tptrain.config.schema import Recipe
 from tptrain.config.state_parts import StatePart, state_parts
@@ -82,6 +83,16 @@ class Plan:
     def device_rows(self) -> int:
         """Rows of a micro-batch on each device."""
         return self.micro_rows // self.batch_shards
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The scores that an evaluation of the run gives."""
+        return measured_metrics(self.recipe)
+
+    @property
+    def best_metric(self) -> str | None:
+        """What makes a checkpoint the best one; None where nothing is measured."""
+        return best_metric(self.recipe)
 
     @property
     def offloaded(self) -> frozenset[str]:

@@ -6,6 +6,8 @@ import math
 import re
 
 from tptrain.config.compiler_flags import compiler_flags
+from tptrain.config.evaluation_checks import evaluation_problems
+from tptrain.config.metrics import measured_metrics
 from tptrain.config.schema import Recipe
 from tptrain.config.settings import settings, shown, value_of
 from tptrain.errors import Problem, nearest, unknown_name
@@ -34,7 +36,7 @@ def recipe_problems(recipe: Recipe) -> list[Problem]:
         *_precision_problems(recipe),
         *_remat_problems(recipe),
         *_moments_problems(recipe),
-        *_keep_best_problems(recipe),
+        *evaluation_problems(recipe),
         *_compiler_problems(recipe),
         *_adapter_export_problems(recipe),
     ]
@@ -87,19 +89,16 @@ def _tokenizer_problems(recipe: Recipe) -> list[Problem]:
 
 
 def _data_problems(recipe: Recipe) -> list[Problem]:
-    problems = [
+    named = {
+        "data.path": recipe.data.path,
+        "eval.path": recipe.eval.path,
+        "eval.loss_path": recipe.eval.loss_path,
+    }
+    return [
         unknown_name(setting, path, "builtin data set", BUILTIN_DATA)
-        for setting, path in (("data.path", recipe.data.path), ("eval.path", recipe.eval.path))
+        for setting, path in named.items()
         if path is not None and path.startswith("builtin:") and path not in BUILTIN_DATA
     ]
-    if recipe.eval.problems and recipe.data.preset == "chat":
-        rule, other = "asks for questions with one answer each", "data.preset=chat"
-        problems.append(Problem("eval.problems", recipe.eval.problems, rule, other, "0"))
-    elif recipe.eval.problems and recipe.eval.path is None and not recipe.data.path.startswith("builtin:"):
-        rule, other = "needs held-out records", "eval.path=none"
-        fix = "0, or eval.path=FILE with held-out records"
-        problems.append(Problem("eval.problems", recipe.eval.problems, rule, other, fix))
-    return problems
 
 
 def _schedule_problems(recipe: Recipe) -> list[Problem]:
@@ -171,43 +170,6 @@ def _remat_problems(recipe: Recipe) -> list[Problem]:
     return [Problem("remat.policy", policy, rule, "backend=torch", fix)]
 
 
-def _keep_best_problems(recipe: Recipe) -> list[Problem]:
-    """What keep_best needs: scores, and steps that are both scored and saved."""
-    best, evaluation = recipe.save.keep_best, recipe.eval
-    if not best:
-        return []
-    needed = [
-        ("eval.problems", evaluation.problems, "200"),
-        ("eval.every_steps", evaluation.every_steps, "100"),
-    ]
-    missing = [(setting, example) for setting, value, example in needed if not value]
-    if missing:
-        rule = f"needs scores to choose by: {' and '.join(setting for setting, _ in missing)} above 0"
-        other = ", ".join(f"{setting}=0" for setting, _ in missing)
-        fix = "0, or " + " and ".join(f"{setting}={example}" for setting, example in missing)
-        return [Problem("save.keep_best", best, rule, other, fix)]
-    return meeting_problems(recipe, recipe.schedule.max_steps)
-
-
-def meeting_problems(recipe: Recipe, total_steps: int | None) -> list[Problem]:
-    """Scored steps that are never saved ones, which leaves save.keep_best nothing to choose from.
-
-    total_steps: length of the run, None while it is not known.
-    """
-    saves, scores = recipe.save.every_steps, recipe.eval.every_steps
-    if not recipe.save.keep_best:
-        return []
-    rule = "must be met by saves, or save.keep_best has no steps to choose from"
-    if saves == 0:
-        return [Problem("eval.every_steps", scores, rule, "save.every_steps=0", f"save.every_steps={scores}")]
-    first = math.lcm(saves, scores)
-    if total_steps is None or first <= total_steps:
-        return []
-    other = f"save.every_steps={saves}: first step of both {first}, last step {total_steps}"
-    fix = f"{saves}" if saves <= total_steps else f"{max(total_steps // 2, 1)} for both"
-    return [Problem("eval.every_steps", scores, rule, other, fix)]
-
-
 def _adapter_export_problems(recipe: Recipe) -> list[Problem]:
     """An adapter is nothing without the model it stands on, and random weights are in no folder."""
     export = recipe.export
@@ -225,20 +187,41 @@ def _is_one_file(path: str | None) -> bool:
 def _idle_settings(recipe: Recipe, topology: Topology) -> list[tuple[bool, str, tuple[str, ...]]]:
     """(whether it holds, what holds, the settings that do nothing then)."""
     model, data, export, evaluation = recipe.model, recipe.data, recipe.export, recipe.eval
-    eval_settings = (
-        *("eval.every_steps", "eval.path", "eval.split"),
-        *("eval.max_new_tokens", "eval.batch_rows"),
-    )
+    problem_settings = ("eval.path", "eval.max_new_tokens", "eval.batch_rows")
+    is_scored = bool(measured_metrics(recipe))
+    from_files = [path for path in (evaluation.path, evaluation.loss_path) if path is not None]
+    guards, skips = recipe.guards, recipe.guards.non_finite == "skip"
+    spikes, median_of = guards.spike_factor > 0, guards.window
     save, max_steps = recipe.save, recipe.schedule.max_steps or math.inf
     only_by_steps = save.every_seconds == 0
-    export_settings = ("export.path", "export.dtype", "export.lora", "export.max_shard_gb")
+    export_settings = (
+        *("export.path", "export.dtype", "export.lora", "export.max_shard_gb"),
+        *("export.step", "export.require"),
+    )
     constant = recipe.schedule.kind == "constant"
     optim, lora = recipe.optim, recipe.lora
     of_adafactor = ("optim.momentum", "optim.beta2_decay", "optim.update_clip", "optim.scale_parameter")
     return [
         (not export.enabled, "export.enabled=false", export_settings),
-        (evaluation.problems == 0, "eval.problems=0", eval_settings),
-        (_is_one_file(evaluation.path), f"eval.path={evaluation.path}", ("eval.split",)),
+        (evaluation.problems == 0, "eval.problems=0", problem_settings),
+        (not is_scored, "eval.problems=0 and no held-out loss", ("eval.every_steps", "eval.split")),
+        (evaluation.loss_path is None, "eval.loss_path=none", ("eval.loss_records",)),
+        (
+            bool(from_files) and all(map(_is_one_file, from_files)),
+            f"held-out records from {' and '.join(from_files)}",
+            ("eval.subset", "eval.split"),
+        ),
+        (not spikes, "guards.spike_factor=0", ("guards.spike", "guards.window")),
+        (
+            spikes and max_steps <= median_of + 1,
+            f"guards.window={median_of} and schedule.max_steps={recipe.schedule.max_steps}",
+            ("guards.spike_factor",),
+        ),
+        (
+            not skips and (not spikes or guards.spike == "stop"),
+            "guards that skip nothing",
+            ("guards.max_in_a_row", "guards.max_skipped"),
+        ),
         (_is_one_file(data.path), f"data.path={data.path}", ("data.subset", "data.split")),
         (data.preset == "chat", "data.preset=chat", ("data.completion_column",)),
         (constant, "schedule.kind=constant", ("schedule.final_ratio",)),

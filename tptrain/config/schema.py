@@ -82,6 +82,9 @@ class DataSection:
     within seq_len); they are dropped, and above it nothing is trained."""
     max_records: int | None = Field(default=None, ge=1)
     """Use only the first so many records; none: all."""
+    validation: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the records that is set apart from training, for the held-out loss; a record's own content
+    decides, so that it is always on the same side. 0: none."""
     cache: str = "auto"
     """Folder that keeps tokenised records, from which they are then read as they are needed, so that they may
     be larger than the memory. auto: tptrain/data in the user's cache folder ($XDG_CACHE_HOME, else ~/.cache),
@@ -260,8 +263,12 @@ class SaveSection:
     keep_every: int = Field(default=0, ge=0)
     """Keep every checkpoint of a step that is a multiple of this as well; 0: none for that."""
     keep_best: int = Field(default=0, ge=0)
-    """Keep so many checkpoints with the highest exact match on the held-out problems as well; 0: none for
-    that. It needs eval.problems and eval.every_steps."""
+    """Keep so many checkpoints with the best save.best_metric as well; 0: none for that. It needs an
+    evaluation and eval.every_steps."""
+    best_metric: Literal["auto", "exact_match", "held_out_loss", "token_accuracy"] = "auto"
+    """What makes a checkpoint the best one, for save.keep_best, eval.patience, export.step and convert_ckpt:
+    the lowest held_out_loss or the highest of another. auto: exact_match where problems are answered, else
+    held_out_loss."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
@@ -279,27 +286,63 @@ class ExportSection:
     PEFT folder of the adapters alone, which is loaded beside model.pretrained."""
     max_shard_gb: float = Field(default=5.0, gt=0)
     """Largest safetensors file, in GB (1e9 bytes)."""
+    step: Literal["last", "best"] = "last"
+    """Which checkpoint is exported: the last one, or the best one by save.best_metric, which save.keep_best
+    has to keep."""
+    require: tuple[str, ...] = ()
+    """What the scores of the exported step must be, or nothing is exported and the exit code is 2: such as
+    exact_match>=0.3, or held_out_loss<=before for the score before training."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class EvalSection:
-    """Greedy answers to held-out problems before, during and after training, scored by exact match."""
+    """Scores on held-out records before, during and after training: exact match of greedy answers, and loss
+    and token accuracy."""
 
-    problems: int = Field(default=0, ge=0)
-    """How many held-out problems to answer; 0: no evaluation."""
     every_steps: int = Field(default=0, ge=0)
     """Steps between evaluations; 0: only before and after training."""
+    patience: int = Field(default=0, ge=0)
+    """Evaluations in a row without a better save.best_metric than the best so far, the one before training
+    included, after which the run ends early; 0: it never does."""
+    loss_path: str | None = None
+    """Held-out records for loss and token accuracy, in the same form as data.path; none: those that
+    data.validation sets apart, if any."""
+    loss_records: int | None = Field(default=None, ge=1)
+    """Use only the first so many records of eval.loss_path; none: all."""
+    problems: int = Field(default=0, ge=0)
+    """How many held-out problems to answer; 0: none."""
     path: str | None = None
-    """Held-out records, in the same form as data.path; "builtin:word_problems" holds out its own; none: those
-    of data.path when it is a builtin."""
+    """Held-out problems, in the same form as data.path; "builtin:word_problems" holds out its own; none:
+    those of data.path when it is a builtin, else those that data.validation sets apart."""
     subset: str | None = None
-    """Configuration name of a hub data set."""
+    """Configuration name of a hub data set, of eval.path and eval.loss_path alike."""
     split: str = "test"
-    """Split of a hub data set or of a saved DatasetDict."""
+    """Split of a hub data set or of a saved DatasetDict, of eval.path and eval.loss_path alike."""
     max_new_tokens: int = Field(default=256, ge=1)
     """Longest answer."""
     batch_rows: int = Field(default=64, ge=1)
     """Problems answered at a time."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class GuardsSection:
+    """What happens to a step whose numbers are wrong. A step that is skipped uses up its records and leaves
+    weights and optimizer as they were."""
+
+    non_finite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient norm is not finite stops the run, or is skipped."""
+    spike_factor: float = Field(default=0.0, ge=0)
+    """A step is a spike when its gradient norm, before clipping, is above so many times the median of the
+    last guards.window norms; 0: none is."""
+    spike: Literal["skip", "stop"] = "skip"
+    """A spike is skipped, or stops the run."""
+    window: int = Field(default=50, ge=3)
+    """Finite gradient norms, of skipped steps too, whose median a step is compared with; until so many are
+    there, no step is a spike. That of the step just before is not yet among them."""
+    max_in_a_row: int = Field(default=5, ge=1)
+    """The run stops when more steps than this are skipped one after the other."""
+    max_skipped: int = Field(default=100, ge=1)
+    """The run stops when more steps than this are skipped in all."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
@@ -346,6 +389,7 @@ class Recipe:
     save: SaveSection = Field(default_factory=SaveSection)
     export: ExportSection = Field(default_factory=ExportSection)
     eval: EvalSection = Field(default_factory=EvalSection)
+    guards: GuardsSection = Field(default_factory=GuardsSection)
     log: LogSection = Field(default_factory=LogSection)
 
     @property

@@ -20,8 +20,8 @@ from tptrain.ckpt.digests import (
     listing_damages,
     read_manifest,
 )
-from tptrain.ckpt.reading import read_run, read_tree, readable
-from tptrain.ckpt.steps import RUN
+from tptrain.ckpt.reading import read_tree, readable
+from tptrain.ckpt.steps import RUN, read_run
 from tptrain.config.state_parts import PARAMS
 from tptrain.convert.progress import size_text
 from tptrain.convert.sources import Found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -14,7 +15,7 @@ from tptrain.config.schema import DataSection
 from tptrain.data.answers import exact_match
 from tptrain.data.records import check_columns
 from tptrain.data.render import Question, Renderer
-from tptrain.data.sources import load_records
+from tptrain.data.sources import Record, Records, load_records
 from tptrain.errors import raise_if_any, refuse
 from tptrain.generate.decoding import Generator
 
@@ -54,15 +55,20 @@ class ExactMatch:
     """
 
     def __init__(
-        self, plan: Plan, backend: Backend, tokenizer: PreTrainedTokenizerFast, stops: Sequence[int] = ()
+        self,
+        plan: Plan,
+        backend: Backend,
+        tokenizer: PreTrainedTokenizerFast,
+        stops: Sequence[int] = (),
+        validation: Records | None = None,
     ):
         """Reads the problems that the plan's eval section names. Raises ProblemsError when it cannot.
 
         stops: ids that end an answer, beside EOS.
+        validation: the records that data.validation has set apart, if any.
         """
         section, data = plan.recipe.eval, plan.recipe.data
-        setting, path = ("eval.path", section.path) if section.path else ("data.path", data.path)
-        records = load_records(path, section.subset, section.split, section.problems, setting)
+        records = _records(plan, validation)
         raise_if_any(check_columns({name for record in records for name in record}, data))
         self._tokenizer = tokenizer
         room = plan.facts.max_position_embeddings - section.max_new_tokens
@@ -88,6 +94,15 @@ class ExactMatch:
     def _answers(self, generated: Sequence[list[int]]) -> list[Answer]:
         texts = [str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in generated]
         return [Answer(problem, text) for problem, text in zip(self._problems, texts, strict=True)]
+
+
+def _records(plan: Plan, validation: Records | None) -> Sequence[Record]:
+    """The held-out problems: from eval.path, or the builtin's own, or those set apart."""
+    section, data = plan.recipe.eval, plan.recipe.data
+    if section.path is None and validation is not None and not data.path.startswith("builtin:"):
+        return list(islice(validation, section.problems))
+    setting, path = ("eval.path", section.path) if section.path else ("data.path", data.path)
+    return load_records(path, section.subset, section.split, section.problems, setting)
 
 
 def _fitting_problems(

@@ -10,9 +10,9 @@ from typing import Any
 
 from tptrain.backends.base import Backend, Tensors
 from tptrain.backends.make import make_backend, prepare_process
-from tptrain.ckpt.reading import lora_of, read_run
+from tptrain.ckpt.reading import lora_of
 from tptrain.ckpt.restoring import restore_part
-from tptrain.ckpt.steps import find_step, is_step_folder
+from tptrain.ckpt.steps import find_step, is_step_folder, read_run
 from tptrain.config.overrides import apply_overrides
 from tptrain.config.plan import Plan
 from tptrain.config.planning import find_topology, plan_recipe

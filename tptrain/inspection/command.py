@@ -15,6 +15,7 @@ from tptrain.config.planning import plan_recipe
 from tptrain.config.schema import Recipe
 from tptrain.data.render import texts_of
 from tptrain.data.sources import open_records
+from tptrain.data.split import split_records
 from tptrain.data.tokenizer import load_tokenizer, train_tokenizer
 from tptrain.errors import Problem, refuse
 from tptrain.inspection.findings import Findings, inspect_records
@@ -65,6 +66,8 @@ def inspect(recipe: Recipe, overrides: Sequence[str], options: InspectOptions) -
 def _inspected(recipe: Recipe, rows: int) -> Findings:
     data = recipe.data
     records = open_records(data.path, data.subset, data.split, data.max_records)
+    if data.validation:
+        records, _ = split_records(records, data)
     if recipe.model.tokenizer == "train":
         tokenizer = train_tokenizer(texts_of(records, data), plan_recipe(recipe).facts.vocab_size)
     else:

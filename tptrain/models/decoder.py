@@ -27,7 +27,7 @@ from tptrain.models.attention import (
 )
 from tptrain.models.experts import ExpertsCore, MixtureOfExperts, every_expert, router_loss
 from tptrain.models.linear import Linear
-from tptrain.models.loss import LossChunks, Projection, mean_loss
+from tptrain.models.loss import LossChunks, Projection, mean_loss, token_scores
 from tptrain.models.marks import Marks
 from tptrain.models.norms import RMSNorm
 from tptrain.models.rope import inverse_frequencies, rotate, rotation
@@ -265,13 +265,33 @@ class Decoder(nn.Module):
         counted = (segment_ids > 0).to(weights.dtype) if has_router_loss else None
         attention = self.attention_core(segment_ids, self.facts.windows)
         hidden, _, router_sums = self._run(tokens, positions, attention, None, counted)
-        chunks = self.loss_chunks or LossChunks(tokens.shape[1])
-        head = self.head_weight
-        projection = Projection(self.project, self.facts.logit_soft_cap)
+        head, projection, chunks = self._head(tokens)
         loss = mean_loss(hidden, head, targets, weights, total, projection, self.marks, chunks)
         if counted is None:
             return loss
         return loss + self._router_loss(router_sums, counted) * (weights.sum() / total).to(loss.dtype)
+
+    def token_scores(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        segment_ids: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """[2]: sums over tokens of weight x negative log-likelihood, and of weight where the target is the
+        likeliest token; logits are held as in `mean_loss`.
+
+        Without a router's loss, which is of a batch and not of a token.
+        """
+        hidden = self.hidden(tokens, positions, segment_ids)
+        head, projection, chunks = self._head(tokens)
+        return token_scores(hidden, head, targets, weights, projection, self.marks, chunks)
+
+    def _head(self, tokens: torch.Tensor) -> tuple[torch.Tensor, Projection, LossChunks]:
+        """What leads from hidden states to logits, and how a loss walks over these rows."""
+        projection = Projection(self.project, self.facts.logit_soft_cap)
+        return self.head_weight, projection, self.loss_chunks or LossChunks(tokens.shape[1])
 
     def _router_loss(self, router_sums: list[torch.Tensor], counted: torch.Tensor) -> torch.Tensor:
         assert self.facts.experts is not None, "asked for where there are experts"

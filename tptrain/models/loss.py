@@ -90,6 +90,54 @@ def mean_loss(
     return loss
 
 
+def token_scores(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    project: Projection,
+    marks: Marks,
+    chunks: LossChunks,
+) -> torch.Tensor:
+    """[2]: sums over tokens of weight x negative log-likelihood, and of weight where the target is the
+    likeliest token. Without gradients; arguments and format as in `mean_loss`.
+
+    The logits of one chunk are held at a time, and nothing else that has V.
+    """
+
+    def body(carry: Parts, parts: Parts) -> tuple[Parts, torch.Tensor]:
+        x, targets, weights = parts
+        x = marks(x, "chunk", "act_batch", "act_tokens", "act_embed")
+        logits = project.logits(x, carry[0])
+        return carry, torch.stack(_likelihood_and_hits(logits, targets, weights))
+
+    # Whole on every device that holds a part of V, before the loop, as in training.
+    head = marks(head * 1, "head", "act_vocab", "act_embed")
+    cut = [_cut(t, chunks) for t in (hidden, targets, weights)]
+    if len(cut[0]) == 1:
+        return body((head,), tuple(t[0] for t in cut))[1]
+    return chunks.loop(body, (head,), tuple(cut))[1].sum(0)
+
+
+def _likelihood_and_hits(
+    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two sums of `token_scores` over all tokens of logits [..., V].
+
+    A target is the likeliest token where no logit is above its own, and no equal one has a lower id: what
+    argmax finds, in a form to which each device that holds a part of V contributes by itself.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    ids = torch.arange(wide.shape[-1], dtype=targets.dtype, device=wide.device)
+    at_target = torch.where(ids == targets[..., None], wide, 0.0).sum(-1, keepdim=True)
+    # Stated by what is behind: of logits that are NaN no one is.
+    behind = (wide < at_target) | ((wide == at_target) & (ids >= targets[..., None]))
+    is_likeliest = ((~behind).to(wide.dtype).sum(-1) == 0).to(wide.dtype)
+    likelihood = wide.logsumexp(-1) - at_target[..., 0]
+    wide_weights = weights.to(wide.dtype)
+    return (likelihood * wide_weights).sum(), (is_likeliest * wide_weights).sum()
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """The loss, with gradients that are ready before the backward pass asks for them."""
 

@@ -82,6 +82,8 @@ def run_sentences(plan: Plan) -> list[str]:
         *_compiler_sentence(plan),
         f"Schedule: {_length(plan)}, peak learning rate {shown(recipe.optim.learning_rate)},"
         f" {recipe.schedule.warmup_steps} warm-up steps, then {recipe.schedule.kind}.",
+        *_evaluation_sentence(plan),
+        *_guards_sentence(plan),
         f"Output: {plan.output_dir}; export: {plan.export_dir or 'none'}.",
     ]
 
@@ -95,6 +97,39 @@ def _loss_sentence(plan: Plan) -> str:
         f"Loss: {chunk} tokens of a row at a time, in {seq_len // chunk} chunks,"
         f" {logits} of float32 logits on each device."
     )
+
+
+def _evaluation_sentence(plan: Plan) -> list[str]:
+    """What is scored on which records and when, and what follows from it; nothing to say without scores."""
+    recipe, metric = plan.recipe, plan.best_metric
+    evaluation, data = recipe.eval, recipe.data
+    if not plan.metrics:
+        return []
+    measured = []
+    if evaluation.problems:
+        measured.append(f"exact match of {evaluation.problems} problems")
+    if evaluation.loss_path is not None:
+        measured.append(f"loss over {evaluation.loss_path}")
+    elif data.validation:
+        measured.append(f"loss over {100 * data.validation:g} % of the records, set apart by content")
+    every = f", and every {evaluation.every_steps} steps" if evaluation.every_steps else ""
+    patience = f"; ends early after {evaluation.patience} without a better one" if evaluation.patience else ""
+    return [
+        f"Evaluation: {' and '.join(measured)}, before and after training{every}; best by {metric}{patience}."
+    ]
+
+
+def _guards_sentence(plan: Plan) -> list[str]:
+    """The guards that a recipe has beside those of every run."""
+    guards, sentences = plan.recipe.guards, list[str]()
+    if guards.non_finite == "skip":
+        sentences.append("a step that is not finite is skipped")
+    if guards.spike_factor:
+        what = "is skipped" if guards.spike == "skip" else "stops the run"
+        sentences.append(
+            f"a gradient norm above {guards.spike_factor:g} times the median of {guards.window} {what}"
+        )
+    return [f"Guards: {', '.join(sentences)}."] if sentences else []
 
 
 def _compiler_sentence(plan: Plan) -> list[str]:

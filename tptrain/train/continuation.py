@@ -51,6 +51,7 @@ MEANINGS: tuple[tuple[str, Change], ...] = (
     ("loss.chunk_tokens", Change.TOLD),
     ("kernels.", Change.TOLD),
     ("compiler.", Change.TOLD),
+    ("guards.", Change.TOLD),
     ("eval.", Change.SILENT),
     ("export.", Change.SILENT),
     ("save.", Change.SILENT),

@@ -15,11 +15,13 @@ from tptrain.ckpt.base_model import BaseModel, base_model
 from tptrain.ckpt.steps import is_step_folder
 from tptrain.config.plan import Plan
 from tptrain.data.batches import Batches
+from tptrain.data.dataset import TokenizedDataset
 from tptrain.data.render import texts_of
 from tptrain.data.sources import Records, open_records
+from tptrain.data.split import split_records
 from tptrain.data.token_cache import tokenized
 from tptrain.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
-from tptrain.errors import raise_if_any
+from tptrain.errors import ProblemsError, raise_if_any
 from tptrain.family.lora import model_rows
 from tptrain.jaxside.random_init import RandomSource
 from tptrain.train.folder import RunFolder, resumes
@@ -36,29 +38,67 @@ from tptrain.weights import (
 class Prepared:
     """Everything that reading the inputs yields, before a device is touched.
 
-    stop_ids:    what ends an answer, in the records that are trained on.
-    data_digest: `Batches.digest`: what a run that goes on compares.
-    base:        the model below the adapters, which it compares as well; None without adapters.
+    stop_ids:         what ends an answer, in the records that are trained on.
+    data_digest:      `Batches.digest`: what a run that goes on compares.
+    base:             the model below the adapters, which it compares as well; None without adapters.
+    held_out:         rows for the held-out loss, None where it is not measured.
+    held_out_records: the records that data.validation sets apart, None without it.
     """
 
     tokenizer: PreTrainedTokenizerFast
     batches: Batches
     stop_ids: tuple[int, ...]
     data_digest: str
-    base: BaseModel | None
+    base: BaseModel | None = None
+    held_out: TokenizedDataset | None = None
+    held_out_records: Records | None = None
 
 
 def prepare(plan: Plan, folder: RunFolder, console: Console) -> Prepared:
     """Read records and tokenizer; tokenise."""
     recipe = plan.recipe
     data = recipe.data
-    records = open_records(data.path, data.subset, data.split, data.max_records)
+    records, validation = open_records(data.path, data.subset, data.split, data.max_records), None
+    if data.validation:
+        records, validation = split_records(records, data)
     tokenizer = _tokenizer(plan, folder, records)
     raise_if_any(check_tokenizer(tokenizer, plan.facts.vocab_size))
     dataset, counts = tokenized(records, tokenizer, data, console.print)
     console.print(f"Data: {counts}.")
     batches = Batches.of_run(dataset, data, recipe.optim.accumulation, recipe.schedule)
-    return Prepared(tokenizer, batches, dataset.stop_ids, batches.digest(), base_model(plan))
+    held_out = _held_out(plan, tokenizer, validation, console)
+    digest, base = batches.digest(), base_model(plan)
+    return Prepared(tokenizer, batches, dataset.stop_ids, digest, base, held_out, validation)
+
+
+def _held_out(
+    plan: Plan, tokenizer: PreTrainedTokenizerFast, validation: Records | None, console: Console
+) -> TokenizedDataset | None:
+    """The rows of the held-out loss, rendered like those of training; None where it is not measured."""
+    section, data = plan.recipe.eval, plan.recipe.data
+    if validation is not None:
+        setting, records = "data.validation", validation
+    elif section.loss_path is not None:
+        setting = "eval.loss_path"
+        records = open_records(
+            section.loss_path, section.subset, section.split, section.loss_records, setting
+        )
+    else:
+        return None
+    try:
+        # Few records may by chance be unlabelled ones for the most part; training tells of a wrong preset.
+        lenient = replace(data, max_unlabelled=1.0)
+        dataset, counts = tokenized(records, tokenizer, lenient, console.print)
+    except ProblemsError as error:
+        # Columns and lengths are the same settings for all records; where they come from is not.
+        value = data.validation if validation is not None else section.loss_path
+        problems = [
+            replace(problem, setting=setting, value=value) if problem.setting == "data.path" else problem
+            for problem in error.problems
+        ]
+        raise ProblemsError(problems) from error
+    console.print(f"Held out: {counts}.")
+    return dataset
 
 
 def _tokenizer(plan: Plan, folder: RunFolder, records: Records) -> PreTrainedTokenizerFast:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import threading
 import time
@@ -25,10 +26,11 @@ JOURNAL_FILE = "journal.jsonl"
 #   save     the copy of the state to the host, for which training stops
 #   write    writing that copy to the disk, while training goes on
 #   commit   digest manifest and publishing
-#   eval     answering the held-out problems; its end has the scores
+#   eval     scoring held-out records; its end has the scores
 #   export   writing the model folder
 #   preempt  from SIGTERM to the end of the process
-PHASES = ("start", "restore", "compile", "save", "write", "commit", "eval", "export", "preempt")
+#   stop     not a phase but an end: the run stops before its last step; `reason` says why
+PHASES = ("start", "restore", "compile", "save", "write", "commit", "eval", "export", "preempt", "stop")
 
 # A full disk must not end a training that has room again before its next checkpoint.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -52,6 +54,9 @@ class StepRecord:
     compiles:        programs this process had compiled by the end of the step.
     cursor:          samples used by the end of the step: the global index of the next one.
     rows_digest:     `Batch.rows_digest`: equal for two steps that trained on the same samples.
+    skipped:         why the update was left out: "non_finite" or "spike"; "" where it was not.
+
+    In the file, a loss or norm that is not finite is null; read back it is NaN.
     """
 
     step: int
@@ -68,6 +73,7 @@ class StepRecord:
     compiles: int
     cursor: int
     rows_digest: str = ""
+    skipped: str = ""
 
     @property
     def tokens_per_second(self) -> float:
@@ -84,6 +90,8 @@ class Event:
     step:    the step that it belongs to; for start and restore, the step gone on from (0 before it is known).
     time:    seconds since the epoch (Unix time).
     metrics: scores, by name; only at the end of an eval.
+    reason:  of a stop: "patience" (the scores got no better) or a guard's: "non_finite", "spike",
+             "too_many_skipped"; "" elsewhere.
     """
 
     event: str
@@ -91,6 +99,7 @@ class Event:
     step: int
     time: float
     metrics: Mapping[str, float] = field(default_factory=dict)
+    reason: str = ""
 
 
 class Journal:
@@ -132,6 +141,10 @@ class Journal:
         assert phase in PHASES, phase
         line = {"event": event, "phase": phase, "step": step, "time": time.time()}
         self._write({**line, "metrics": dict(metrics)} if metrics else line)
+
+    def stop(self, step: int, reason: str) -> None:
+        """Write that the run stops at this step, before its last one."""
+        self._write({"event": "end", "phase": "stop", "step": step, "time": time.time(), "reason": reason})
 
     @contextmanager
     def phase(self, phase: str, step: int) -> Iterator[None]:
@@ -186,7 +199,19 @@ def _append(file: BinaryIO, line: bytes) -> bool:
 
 
 def _encoded(line: Mapping[str, Any]) -> bytes:
-    return json.dumps(line).encode() + b"\n"
+    return json.dumps(_finite(line), allow_nan=False).encode() + b"\n"
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for numbers that are not finite, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse, as far as there is one: NaN for None."""
+    return {name: math.nan if value is None else value for name, value in values.items()}
 
 
 def _whole_lines(path: Path) -> int:
@@ -201,9 +226,10 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def read_journal(path: Path) -> list[StepRecord]:
     """The steps of a journal. A last line cut short by a crash is left out."""
-    return [StepRecord(**line) for line in _lines(path) if "event" not in line]
+    return [StepRecord(**_numbers(line)) for line in _lines(path) if "event" not in line]
 
 
 def read_events(path: Path) -> list[Event]:
     """The begins and ends of phases in a journal, in the order they were written."""
-    return [Event(**line) for line in _lines(path) if "event" in line]
+    events = (line for line in _lines(path) if "event" in line)
+    return [Event(**{**line, "metrics": _numbers(line.get("metrics", {}))}) for line in events]

@@ -7,7 +7,6 @@ and their steps are read at once.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -16,16 +15,12 @@ from dataclasses import dataclass
 from tptrain.backends.base import Backend, CompiledStep, Tensors
 from tptrain.config.plan import Plan
 from tptrain.data.batches import Batch, Batches, prefetch
-from tptrain.errors import TptrainError
+from tptrain.train.guards import Guards
 from tptrain.train.journal import StepRecord
 from tptrain.train.observers import Observer
 from tptrain.train.schedule import step_scalars
 from tptrain.train.state import split_frozen, state_specs
 from tptrain.train.step import BATCH_NAMES, prepare_step
-
-
-class NonFiniteError(TptrainError):
-    """A loss or gradient was not finite. The update was not applied, nor any after it."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +51,7 @@ class Loop:
     after_step: called with the state and the progress after every step that is `due`, and after the last one;
                 the run ends there when it returns True.
     compiling:  entered with the step around the compilation.
+    guards:     those of the run, where it goes on; None for a new one's.
     """
 
     def __init__(
@@ -68,10 +64,11 @@ class Loop:
         after_step: Callable[[Tensors, Progress], bool | None],
         due: Callable[[int], bool] = lambda step: False,
         compiling: Callable[[int], AbstractContextManager[object]] = nullcontext,
+        guards: Guards | None = None,
     ):
         self._plan, self._backend, self._batches, self._total = plan, backend, batches, total_steps
         self._observers, self._after_step, self._due = observers, after_step, due
-        self._compiling = compiling
+        self._compiling, self._guards = compiling, guards or Guards(plan)
         self._function, self._constants = prepare_step(backend, plan)
         self._frozen: Tensors = {}
         self._compiled: CompiledStep | None = None
@@ -107,7 +104,8 @@ class Loop:
         self, state: Tensors, step: int, cursor: int, batch: Batch, input_seconds: float
     ) -> tuple[Tensors, _Started]:
         recipe = self._plan.recipe
-        scalars = step_scalars(step, self._total, recipe.schedule, recipe.optim)
+        limit = self._guards.norm_limit(step)
+        scalars = step_scalars(step, self._total, recipe.schedule, recipe.optim, limit)
         arrays = {name: getattr(batch, name) for name in BATCH_NAMES}
         varying = {**self._backend.put_batch(arrays), **self._backend.put_scalars(scalars)}
         inputs = {**varying, **self._constants, **self._frozen}
@@ -131,8 +129,7 @@ class Loop:
         outputs = self._backend.fetch_scalars(started.outputs)
         now = time.perf_counter()
         seconds, self._finished_at = now - self._finished_at, now
-        if not outputs["finite"]:
-            raise NonFiniteError(self._non_finite(started.step, outputs))
+        skipped = self._guards.judge(started.step, outputs)
         batch = started.batch
         record = StepRecord(
             step=started.step,
@@ -149,16 +146,8 @@ class Loop:
             compiles=self._backend.compile_count(),
             cursor=self._batches.after(started.cursor),
             rows_digest=batch.rows_digest,
+            skipped=skipped,
         )
         for observer in self._observers:
             observer(record)
-
-    def _non_finite(self, step: int, outputs: dict[str, float]) -> str:
-        what = "gradient norm" if math.isfinite(outputs["loss"]) else "loss"
-        value = outputs["grad_norm"] if what == "gradient norm" else outputs["loss"]
-        rate = self._plan.recipe.optim.learning_rate
-        return (
-            f"step {step}: the {what} is {value}, so its update was not applied and the run stopped; "
-            f"the last checkpoint is untouched. Try optim.learning_rate={rate / 10:g} (now {rate:g}), "
-            "a longer schedule.warmup_steps, or look at the records of that step"
-        )
+        self._guards.raise_if_too_many(started.step)

@@ -64,6 +64,20 @@ class LogLines:
         pass
 
 
+class SkippedLines:
+    """A line for every step that was skipped."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self._say = say
+
+    def __call__(self, record: StepRecord) -> None:
+        if record.skipped:
+            self._say(
+                f"Step {record.step} is skipped ({record.skipped}): loss {record.loss:.4g}, gradient norm"
+                f" {record.grad_norm:.4g}. Its update is left out."
+            )
+
+
 class TensorBoard:
     """Event files in `RUN/tensorboard`."""
 

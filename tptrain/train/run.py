@@ -7,6 +7,7 @@ from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -18,17 +19,21 @@ from tptrain.config.plan import Plan
 from tptrain.config.planning import plan_recipe
 from tptrain.config.schema import Recipe
 from tptrain.errors import Problem, TptrainError, raise_if_any
-from tptrain.eval.exact_match import ExactMatch, Score
+from tptrain.eval.exact_match import ExactMatch
+from tptrain.eval.held_out import HeldOut
 from tptrain.export import LoraForm, export_step
 from tptrain.train.after_step import AfterStep
+from tptrain.train.best_so_far import EVALUATION, BestSoFar
+from tptrain.train.exporting import by_hand, check_required, chosen_step
 from tptrain.train.folder import RunFolder, export_problems, folder_problems, resumes
+from tptrain.train.guards import GUARDS, GuardError
 from tptrain.train.inputs import Prepared, prepare, weight_source, write_assets
 from tptrain.train.journal import Journal
 from tptrain.train.loop import Loop
-from tptrain.train.observers import LogLines, Observer, ProgressBar, TensorBoard
+from tptrain.train.observers import LogLines, Observer, ProgressBar, SkippedLines, TensorBoard
 from tptrain.train.preemption import Preemption
 from tptrain.train.saving import Saver, keep_policies, run_item, save_policy
-from tptrain.train.scoring import Scoring
+from tptrain.train.scoring import Scores, Scoring
 from tptrain.train.start import NEW_RUN, Start, finished_step, fresh_start, length_problems, resumed_start
 from tptrain.train.summary import print_start, print_summary
 from tptrain.weights import CONFIG_FILES, local_folder
@@ -38,14 +43,14 @@ from tptrain.weights import CONFIG_FILES, local_folder
 class RunResult:
     """What a run leaves: its folder, its newest checkpoint, the export, and the scores around training.
 
-    before: None for a run that went on from a checkpoint, too.
+    before: of a run that went on from a checkpoint, without the answers; None where nothing was scored.
     """
 
     output_dir: Path
     checkpoint: Path
     export_dir: Path | None
-    before: Score | None
-    after: Score | None
+    before: Scores | None
+    after: Scores | None
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,8 @@ def train(plan: Plan, console: Console | None = None, preemption: Preemption | N
     preemption: the watch for SIGTERM, where the caller has begun it; None: begun here.
 
     Raises ProblemsError before anything is written when the inputs or the output folder do not allow the run,
-    Preempted when SIGTERM ended it and its state is saved, SaveError when its last step could not be saved.
+    Preempted when SIGTERM ended it and its state is saved, SaveError when its last step could not be saved,
+    GuardError when a guard stopped it, RequirementError when it is saved and not as export.require asks.
     """
     console = console or Console(highlight=False, markup=False)
     raise_if_any(host_problems(plan))
@@ -126,26 +132,40 @@ def _train(run: _Run) -> RunResult:
         run.preemption.start_from(start.progress.step)
         run.journal.event("end", "start", start.progress.step)
         print_start(run.console, plan, start, run.preemption.watching)
-        before = scoring(start.state, 0, "before training") if scoring and not goes_on else None
-        state, after = _loop(run, backend, checkpointer, prepared, scoring, start)
+        before = _score_before(scoring, start)
+        trained = _loop(run, backend, checkpointer, prepared, scoring, start)
     run.preemption.saved()
-    total = start.length.total_steps
+    last, after = trained.step, trained.scores
     if scoring is not None and after is None:
-        after = scoring(state, total, "after training")
-    exported = _export(run, total)
+        after = scoring(trained.state, last, "after training")
+    exported = _export(run, last, after, start.best)
     run.preemption.done()
-    result = RunResult(folder.root, folder.step(total), exported, before, after)
-    print_summary(run.console, plan, folder.root, result.checkpoint, exported, before, after)
+    result = RunResult(folder.root, folder.step(last), exported, before, after)
+    print_summary(run.console, plan, folder.root, result.checkpoint, exported, before, after, start.guards)
     return result
 
 
-def _scoring(run: _Run, backend: Backend, prepared: Prepared) -> Scoring | None:
-    if not run.plan.recipe.eval.problems:
+def _score_before(scoring: Scoring | None, start: Start) -> Scores | None:
+    """The scores before training: made, or as a run that goes on was saved with."""
+    best = start.best
+    if start.progress.step:
+        return Scores(best.before) if best.before else None
+    if scoring is None:
         return None
-    scorer = ExactMatch(run.plan, backend, prepared.tokenizer, prepared.stop_ids)
-    if scorer.skipped:
-        run.say(f"Evaluation: {scorer.skipped} problems left out (no text, or too long to answer).")
-    return Scoring(scorer, run.console, run.journal)
+    scores = scoring(start.state, 0, "before training")
+    best.see(0, scores.metrics)
+    return scores
+
+
+def _scoring(run: _Run, backend: Backend, prepared: Prepared) -> Scoring | None:
+    plan, exact, held_out = run.plan, None, None
+    if plan.recipe.eval.problems:
+        exact = ExactMatch(plan, backend, prepared.tokenizer, prepared.stop_ids, prepared.held_out_records)
+        if exact.skipped:
+            run.say(f"Evaluation: {exact.skipped} problems left out (no text, or too long to answer).")
+    if prepared.held_out is not None:
+        held_out = HeldOut(plan, backend, prepared.held_out)
+    return Scoring(exact, held_out, run.say, run.journal) if plan.metrics else None
 
 
 def _begin_folder(run: _Run, prepared: Prepared) -> None:
@@ -165,6 +185,15 @@ def _checkpointer(run: _Run, backend: Backend) -> Checkpointer:
     return Checkpointer(run.plan, backend, folder, keep, run.say, run.journal.event)
 
 
+@dataclass(frozen=True)
+class _Trained:
+    """The state after the last step, and its scores if it was scored."""
+
+    state: Tensors
+    step: int
+    scores: Scores | None
+
+
 def _loop(
     run: _Run,
     backend: Backend,
@@ -172,26 +201,40 @@ def _loop(
     prepared: Prepared,
     scoring: Scoring | None,
     start: Start,
-) -> tuple[Tensors, Score | None]:
-    """Train with everything that goes on around a step; the last state, and its score if it was scored."""
-    plan, total = run.plan, start.length.total_steps
-    saver = Saver(checkpointer, run_item(plan, prepared.data_digest, prepared.base), run.say)
+) -> _Trained:
+    """Train with everything that goes on around a step."""
+    plan, total, best, guards = run.plan, start.last_step, start.best, start.guards
+    if total == start.progress.step < start.length.total_steps:
+        run.say(f"No step is left: {best.reason()}.")
+
+    def live() -> dict[str, Any]:
+        return {EVALUATION: best.saved(), GUARDS: guards.saved()}
+
+    saver = Saver(checkpointer, run_item(plan, prepared.data_digest, prepared.base), run.say, live)
     every = plan.recipe.eval.every_steps
-    after_step = AfterStep(total, save_policy(plan), saver, scoring, every, run.preemption)
+    after_step = AfterStep(total, save_policy(plan), saver, scoring, every, run.preemption, best)
     with _watchers(run, total, start.progress.step) as watchers:
         observers: list[Observer] = [run.journal, after_step.see, *watchers]
-        batches, due = prepared.batches, after_step.due
-        loop = Loop(plan, backend, batches, total, observers, after_step, due, partial(_compiling, run))
-        state = loop.run(start.state, start.progress)
-    return state, after_step.last_score
+        batches, due, compiling = prepared.batches, after_step.due, partial(_compiling, run)
+        loop = Loop(plan, backend, batches, total, observers, after_step, due, compiling, guards)
+        try:
+            state = loop.run(start.state, start.progress)
+        except GuardError as error:
+            run.journal.stop(error.step, error.reason)
+            raise
+    if after_step.stopped_at is None:
+        return _Trained(state, total, after_step.last_scores)
+    run.journal.stop(after_step.stopped_at, "patience")
+    run.say(f"Stopped early after step {after_step.stopped_at}: {best.reason()}.")
+    return _Trained(state, after_step.stopped_at, after_step.last_scores)
 
 
 @contextmanager
 def _watchers(run: _Run, total: int, done: int) -> Iterator[list[Observer]]:
-    """The progress bar and TensorBoard, as far as they are asked for."""
+    """The progress bar and TensorBoard, as far as they are asked for, and what tells of skipped steps."""
     log, console = run.plan.recipe.log, run.console
     with ExitStack() as opened:
-        watchers: list[Observer] = []
+        watchers: list[Observer] = [SkippedLines(run.say)]
         if log.tensorboard:
             watchers.append(opened.enter_context(closing(TensorBoard(run.folder.root, done))))
         if log.progress:
@@ -208,15 +251,21 @@ def _compiling(run: _Run, step: int) -> Iterator[None]:
     run.preemption.begin(step)
 
 
-def _export(run: _Run, step: int) -> Path | None:
+def _export(run: _Run, last: int, scores: Scores | None, best: BestSoFar) -> Path | None:
+    """Export the step that the recipe chooses, if it is as required; None where nothing is exported."""
     plan, section = run.plan, run.plan.recipe.export
     if plan.export_dir is None:
         return None
-    folder, out = run.folder.step(step), Path(plan.export_dir)
+    chosen = chosen_step(plan, run.folder, last, scores.metrics if scores else {})
+    check_required(plan, run.folder, chosen, best.before)
+    folder = run.folder.step(chosen.step)
+    if chosen.step != last:
+        run.say(f"Exporting step {chosen.step}, the best one by {plan.best_metric}.")
     form = LoraForm(section.lora) if plan.recipe.lora.rank else LoraForm()
     try:
-        with run.journal.phase("export", step):
+        with run.journal.phase("export", chosen.step):
+            out = Path(plan.export_dir)
             return export_step(folder, out, None, section.dtype, section.max_shard_gb, lora_form=form)
     except TptrainError:
-        run.say(f"The run is saved; export it with: python tools/convert_ckpt.py {folder} FOLDER")
+        run.say(f"The run is saved; export it with: {by_hand(folder)}")
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any
@@ -19,7 +20,7 @@ from tptrain.ckpt.policies import (
     KeepPolicy,
     SavePolicy,
 )
-from tptrain.ckpt.steps import BEST_METRIC
+from tptrain.config.metrics import HIGHER_IS_BETTER
 from tptrain.config.plan import Plan
 from tptrain.report.plan_page import plan_json
 from tptrain.train.loop import Progress
@@ -46,12 +47,15 @@ def keep_policies(plan: Plan) -> list[KeepPolicy]:
     if section.keep_every:
         policies.append(KeepEvery(section.keep_every))
     if section.keep_best:
-        policies.append(KeepBest(section.keep_best, BEST_METRIC))
+        assert plan.best_metric is not None, "a plan that keeps the best has scores"
+        policies.append(KeepBest(section.keep_best, plan.best_metric, HIGHER_IS_BETTER[plan.best_metric]))
     return policies
 
 
 def run_item(plan: Plan, data_digest: str, base: BaseModel | None = None) -> dict[str, Any]:
-    """The part of the `run` item that all steps of a run share; each adds its step and cursor.
+    """The part of the `run` item that all steps of a run share.
+
+    Each step adds its number, its cursor, the evaluation so far and what the guards have seen.
 
     base: the model below the plan's adapters, None without adapters.
     """
@@ -63,6 +67,7 @@ def run_item(plan: Plan, data_digest: str, base: BaseModel | None = None) -> dic
         "recipe": plan_json(plan)["recipe"],
         "mesh": plan.mesh.axis_sizes,
         "hf_config": dict(plan.hf_config),
+        "best_metric": plan.best_metric,
         "versions": {name: version(name) for name in _VERSIONED},
     }
 
@@ -70,14 +75,24 @@ def run_item(plan: Plan, data_digest: str, base: BaseModel | None = None) -> dic
 class Saver:
     """Saves a run's state. A save that fails in the middle of a run is told, and the next one tried."""
 
-    def __init__(self, checkpointer: Checkpointer, shared: Mapping[str, Any], say: Callable[[str], None]):
-        """shared: from `run_item`."""
-        self._checkpointer, self._shared, self._say = checkpointer, shared, say
+    def __init__(
+        self,
+        checkpointer: Checkpointer,
+        shared: Mapping[str, Any],
+        say: Callable[[str], None],
+        live: Callable[[], Mapping[str, Any]] = dict,
+    ):
+        """shared: from `run_item`. live: what else the item has, as it is when a step is saved."""
+        self._checkpointer, self._shared, self._say, self._live = checkpointer, shared, say, live
         self._failed: SaveError | None = None
 
     def save(self, state: Tensors, progress: Progress, metrics: Mapping[str, float]) -> None:
-        """Start saving a step; it is written in the background, which tells by itself when that fails."""
-        run = {**self._shared, "step": progress.step, "cursor": progress.cursor}
+        """Start saving a step; it is written in the background, which tells by itself when that fails.
+
+        metrics: of the step; one that is not finite is no score.
+        """
+        metrics = {name: score for name, score in metrics.items() if math.isfinite(score)}
+        run = {**self._shared, **self._live(), "step": progress.step, "cursor": progress.cursor}
         self._failed = None
         try:
             self._checkpointer.save(progress.step, parts_of(state), run, metrics)

@@ -7,6 +7,9 @@ import math
 from tptrain.config.schema import OptimSection, ScheduleSection
 from tptrain.train.optimizers import OPTIMIZERS
 
+# A gradient norm above it makes a step a spike; infinity: none is.
+NORM_LIMIT = "norm_limit"
+
 
 def learning_rate(step: int, total_steps: int, schedule: ScheduleSection, optim: OptimSection) -> float:
     """The rate used by step `step`, counted from 1 to total_steps.
@@ -26,8 +29,11 @@ def learning_rate(step: int, total_steps: int, schedule: ScheduleSection, optim:
 
 
 def step_scalars(
-    step: int, total_steps: int, schedule: ScheduleSection, optim: OptimSection
+    step: int, total_steps: int, schedule: ScheduleSection, optim: OptimSection, norm_limit: float = math.inf
 ) -> dict[str, float]:
-    """The numbers that change with the step (from 1); they are inputs of the compiled step."""
+    """The numbers that change with the step (from 1); they are inputs of the compiled step.
+
+    norm_limit: of `Guards.norm_limit`.
+    """
     rate = learning_rate(step, total_steps, schedule, optim)
-    return {"learning_rate": rate, **OPTIMIZERS[optim.name].scalars(step, optim)}
+    return {"learning_rate": rate, NORM_LIMIT: norm_limit, **OPTIMIZERS[optim.name].scalars(step, optim)}

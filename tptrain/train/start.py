@@ -9,17 +9,19 @@ from typing import Any
 
 from tptrain.backends.base import Backend, Tensors, TensorSource
 from tptrain.ckpt.checkpointer import Checkpointer
-from tptrain.ckpt.reading import read_run
 from tptrain.ckpt.restoring import restore_part
-from tptrain.ckpt.steps import set_aside
+from tptrain.ckpt.steps import read_run, set_aside
+from tptrain.config.evaluation_checks import meeting_problems
 from tptrain.config.plan import Plan
-from tptrain.config.recipe_checks import meeting_problems
 from tptrain.config.state_parts import PARAMS
 from tptrain.data.batches import RunLength, run_length
 from tptrain.errors import Problem, raise_if_any
 from tptrain.jaxside.random_init import RandomSource
+from tptrain.train.best_so_far import BestSoFar
 from tptrain.train.continuation import Continuation, continuation, continuation_problems
+from tptrain.train.exporting import before_problems
 from tptrain.train.folder import RunFolder, step_asked_for
+from tptrain.train.guards import GUARDS, Guards
 from tptrain.train.inputs import Prepared
 from tptrain.train.journal import Journal
 from tptrain.train.loop import Progress
@@ -30,12 +32,23 @@ NEW_RUN = Continuation(step=0, cursor=0, lines=())
 
 @dataclass(frozen=True)
 class Start:
-    """The first state of a process. lines: what a run that goes on does otherwise than the saved one."""
+    """The first state of a process.
+
+    lines: what a run that goes on does otherwise than the saved one.
+    best, guards: as they stand after the steps that are done.
+    """
 
     state: Tensors
     progress: Progress
     length: RunLength
     lines: tuple[str, ...]
+    best: BestSoFar
+    guards: Guards
+
+    @property
+    def last_step(self) -> int:
+        """The last step of the run, as far as is known; that of the start if its scores have ended it."""
+        return self.progress.step if self.best.ends_the_run else self.length.total_steps
 
 
 def fresh_start(plan: Plan, backend: Backend, prepared: Prepared, source: TensorSource | Path) -> Start:
@@ -46,7 +59,8 @@ def fresh_start(plan: Plan, backend: Backend, prepared: Prepared, source: Tensor
         adapters = RandomSource(plan.recipe.seed, plan.facts.initializer_range)
         placed = backend.place(adapters, PARAMS, lambda buffer: buffer.is_adapter)
         state = begun_state(backend, joined_weights(backend, model_weights(plan, backend, source), placed))
-    return Start(state, Progress(0, 0), length_from(plan, prepared, NEW_RUN), ())
+    length = length_from(plan, prepared, NEW_RUN)
+    return Start(state, Progress(0, 0), length, (), BestSoFar(plan), Guards(plan))
 
 
 def model_weights(plan: Plan, backend: Backend, source: TensorSource | Path) -> Tensors:
@@ -79,6 +93,7 @@ def resumed_start(
         raise_if_any(continuation_problems(plan, run, prepared.base))
         going_on = continuation(plan, run, prepared.data_digest)
         raise_if_any(length_problems(plan, prepared, going_on))
+        raise_if_any(before_problems(plan, BestSoFar(plan, run).before))
         journal.open()
 
     journal.event("begin", "restore", 0)
@@ -94,11 +109,14 @@ def resumed_start(
         saved = {**saved, PARAMS: joined_weights(backend, base, saved[PARAMS])}
     state = join_parts(saved, not_halted(backend))
     progress = Progress(going_on.step, going_on.cursor)
-    return Start(state, progress, length_from(plan, prepared, going_on), going_on.lines)
+    length, run = length_from(plan, prepared, going_on), restored.run
+    best, guards = BestSoFar(plan, run), Guards(plan, run.get(GUARDS))
+    return Start(state, progress, length, going_on.lines, best, guards)
 
 
 def finished_step(plan: Plan, folder: RunFolder, prepared: Prepared) -> int | None:
-    """The last step of a run that has nothing left to do: all steps are saved, and the export is written.
+    """The last step of a run that has nothing left to do: all steps are saved, or its scores have ended it,
+    and the export is written.
 
     What a run that was killed at its very end finds when its command is given again. None for any other run.
     """
@@ -112,7 +130,8 @@ def finished_step(plan: Plan, folder: RunFolder, prepared: Prepared) -> int | No
         refused = continuation_problems(plan, run, prepared.base)
     except (OSError, ValueError, KeyError):  # a damaged step, of which restoring it will tell
         return None
-    is_last = going_on.step == length_from(plan, prepared, going_on).total_steps
+    total = length_from(plan, prepared, going_on).total_steps
+    is_last = going_on.step == total or BestSoFar(plan, run).ends_the_run
     return going_on.step if is_last and not refused and not going_on.lines else None
 
 

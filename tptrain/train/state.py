@@ -11,7 +11,7 @@ from tptrain.config.state_parts import PARAMS
 from tptrain.jaxside.random_init import RandomSource
 from tptrain.mesh import Spec
 
-# 1 once a loss or gradient was not finite; from then on no update is applied.
+# 1 once a guard has stopped the run; from then on no update is applied.
 HALTED = "halted"
 
 

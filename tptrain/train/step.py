@@ -11,11 +11,11 @@ import torch
 
 from tptrain.backends.base import TORCH_DTYPES, Apart, Backend, InOrder, Layout, StepFunction, Tensors
 from tptrain.config.plan import Plan
-from tptrain.config.schema import OptimSection, Recipe
+from tptrain.config.schema import GuardsSection, OptimSection, Recipe
 from tptrain.models.calling import call_method
 from tptrain.models.decoder import Decoder
 from tptrain.train.optimizers import OPTIMIZERS, Optimizer
-from tptrain.train.schedule import step_scalars
+from tptrain.train.schedule import NORM_LIMIT, step_scalars
 from tptrain.train.state import HALTED, join_parts, part_of, parts_of
 
 # Integers but for the weights, as `Batch` has them.
@@ -71,8 +71,9 @@ def make_train_step(
     inputs:  the batch (BATCH_NAMES, each [A, B, T]), `step_scalars`, the decoder's constants, the frozen
              weights as `params/<buffer>`.
     outputs: loss (mean over counted tokens, the router's loss included, see `Decoder.mean_loss`),
-             counted (tokens with weight), grad_norm (before clipping), finite (1.0 when loss and norm are;
-             otherwise this update and all later ones are left out).
+             counted (tokens with weight), grad_norm (before clipping), finite (1.0 when loss and norm are),
+             spike (1.0 when the norm is finite and above its limit). An update that is not finite, or a
+             spike, is left out; and all later ones with it where the recipe's guards stop the run for that.
     """
     compute = TORCH_DTYPES[recipe.precision.compute]
     constants = tuple(decoder.constants())
@@ -86,12 +87,28 @@ def make_train_step(
         gradients = {name: g.to(params[name].dtype) for name, g in gradients.items()}
         norm = global_norm(gradients)
         finite = torch.isfinite(loss) & torch.isfinite(norm)
-        keep_old = (state[HALTED] > 0) | ~finite
+        spike = finite & (norm > inputs[NORM_LIMIT])
+        halted = _halted(state[HALTED] > 0, finite, spike, recipe.guards)
+        keep_old = halted | ~finite | spike
         parts = updated(state, gradients, norm, keep_old, inputs, layout, recipe.optim, apart)
-        outputs = {"loss": loss, "counted": counted, "grad_norm": norm, "finite": finite.to(loss.dtype)}
-        return join_parts(parts, keep_old.to(torch.int32)), outputs
+        outputs = {"loss": loss, "counted": counted, "grad_norm": norm}
+        outputs |= {"finite": finite.to(loss.dtype), "spike": spike.to(loss.dtype)}
+        return join_parts(parts, halted.to(torch.int32)), outputs
 
     return train_step
+
+
+def _halted(
+    before: torch.Tensor, finite: torch.Tensor, spike: torch.Tensor, guards: GuardsSection
+) -> torch.Tensor:
+    """Whether a guard has stopped the run, in this step or before.
+
+    The host looks one step late: the devices have to leave out by themselves what follows.
+    """
+    halted = before
+    if guards.non_finite == "stop":
+        halted = halted | ~finite
+    return halted | spike if guards.spike == "stop" else halted
 
 
 def loss_and_gradients(

@@ -8,11 +8,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from tptrain.config.metrics import EXACT_MATCH, HELD_OUT_LOSS
 from tptrain.config.plan import Plan
 from tptrain.estimate import estimate
 from tptrain.eval.exact_match import Score
 from tptrain.report.estimate_page import verdict_sentence
 from tptrain.report.plan_page import run_sentences
+from tptrain.train.guards import Guards
+from tptrain.train.scoring import Scores
 from tptrain.train.start import Start
 
 _SHOWN_ANSWERS = 3
@@ -62,29 +65,49 @@ def print_summary(
     output_dir: Path,
     checkpoint: Path,
     exported: Path | None,
-    before: Score | None,
-    after: Score | None,
+    before: Scores | None,
+    after: Scores | None,
+    guards: Guards,
 ) -> None:
-    """Scores with sample answers, the folders, and the next command to type."""
+    """Scores with sample answers, skipped steps, the folders, and the next command to type."""
+    answers = after.exact if after is not None else None
     if after is not None:
         console.print(_score_table(before, after))
-        _print_answers(console, before, after)
+    if answers is not None:
+        _print_answers(console, before.exact if before is not None else None, answers)
+    if guards.skipped:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(guards.skipped.items()))
+        console.print(f"Skipped:    {guards.skipped.total()} steps ({reasons})")
     console.print(f"Checkpoint: {checkpoint}", soft_wrap=True)
     if exported is not None:
         what = "a PEFT adapter" if plan.exports_adapter else "a Hugging Face model folder"
         console.print(f"Exported:   {exported}  ({what})", soft_wrap=True)
-    question = after.answers[0].problem.question if after is not None else "your question"
+    question = answers.answers[0].problem.question if answers is not None else "your question"
     console.print(f"Next:       tptrain generate {output_dir} {shlex.quote(question)}", soft_wrap=True)
 
 
-def _score_table(before: Score | None, after: Score) -> Table:
-    table = Table(title="Exact match on held-out problems")
-    for column in ("", "right", "of", "rate"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name, score in (("before training", before), ("after training", after)):
-        if score is not None:
-            table.add_row(name, str(score.right), str(len(score.answers)), f"{score.rate:.0%}")
+def _score_table(before: Scores | None, after: Scores) -> Table:
+    table = Table(title="Scores on held-out records")
+    columns = [("before training", before)] if before is not None else []
+    columns += [("after training", after)]
+    table.add_column("")
+    for title, _ in columns:
+        table.add_column(title, justify="right")
+    for metric in after.metrics:
+        table.add_row(metric.replace("_", " "), *(_score_text(metric, scores) for _, scores in columns))
     return table
+
+
+def _score_text(metric: str, scores: Scores) -> str:
+    """A score in the form of its metric; "-" where it was not measured."""
+    score = scores.metrics.get(metric)
+    if score is None:
+        return "-"
+    if metric == HELD_OUT_LOSS:
+        return f"{score:.4f}"
+    if metric == EXACT_MATCH and scores.exact is not None:
+        return f"{scores.exact.right} of {len(scores.exact.answers)}, {score:.0%}"
+    return f"{score:.1%}"
 
 
 def _print_answers(console: Console, before: Score | None, after: Score) -> None:
