@@ -16,7 +16,7 @@ from tptrain.config.state_parts import PARAMS
 from tptrain.config.trainable import table_of
 from tptrain.errors import raise_if_any, refuse
 from tptrain.family import ParamRow, facts_from_config, stored_rows
-from tptrain.family.lora import peft_config
+from tptrain.family.lora import model_rows, peft_config
 from tptrain.hf_files import tokenizer_files
 from tptrain.weights import export_adapter_folder, export_folder
 
@@ -104,7 +104,7 @@ def _of_adapters(model: StepModel, reader: StepReader, lora: LoraSection, lora_f
         adapters = tuple(row for row in model.table if row.is_adapter)
         return replace(model, table=adapters, peft_config=config)
     base = saved_base(reader.run, lora_form.base, lora_form.base_setting)
-    table = tuple(row for row in model.table if not row.is_adapter)
+    table = model_rows(model.table)
     weights = open_base(base, table, lora_form.base_setting)
     return replace(model, table=table, reader=MergedReader(weights, reader, model.table, lora.scale))
 

@@ -72,7 +72,7 @@ def _unmatched(pattern: str, table: Sequence[ParamRow], names: Sequence[str]) ->
 
 
 def lora_problems(recipe: Recipe, table: Sequence[ParamRow]) -> list[Problem]:
-    """What keeps a model from getting the adapters that the recipe asks for. table: with or without them."""
+    """What keeps a model from getting the adapters that the recipe asks for. table: of the model alone."""
     lora, patterns = recipe.lora, recipe.model.trainable
     if not lora.rank:
         return []

@@ -99,14 +99,15 @@ def resumed_start(
     journal.event("begin", "restore", 0)
     parts = tuple(plan.parts)
     restored = checkpointer.restore(step_asked_for(plan), parts, accept, plan.recipe.unverified)
-    going_on = continuation(plan, restored.run, prepared.data_digest)
-    journal.event("end", "restore", going_on.step)
-    _set_newer_aside(plan, folder, going_on.step, say)
-    journal.cut(going_on.step)
     saved = restored.parts
     if source is not None:
         base = model_weights(plan, backend, source)
         saved = {**saved, PARAMS: joined_weights(backend, base, saved[PARAMS])}
+    going_on = continuation(plan, restored.run, prepared.data_digest)
+    journal.event("end", "restore", going_on.step)
+    # Only now, when everything has been read.
+    _set_newer_aside(plan, folder, going_on.step, say)
+    journal.cut(going_on.step)
     state = join_parts(saved, not_halted(backend))
     progress = Progress(going_on.step, going_on.cursor)
     length, run = length_from(plan, prepared, going_on), restored.run
