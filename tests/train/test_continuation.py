@@ -1,5 +1,6 @@
 """What a changed setting means: the table has an answer for every setting there is."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,8 @@ from tptrain.train.saving import run_item
 
 DIGEST = "0123"
 REFUSED = {
-    *("model.pretrained", "model.tokenizer", "model.trainable", "optim.name", "optim.momentum"),
+    *("model.tokenizer", "model.trainable", "optim.name", "optim.momentum"),
+    *("lora.rank", "lora.alpha", "lora.targets"),
     *("precision.compute", "precision.master", "seed"),
 }
 
@@ -36,6 +38,13 @@ def saved(plan):
 
 def test_what_is_refused_is_what_is_meant_to_be():
     assert {setting for setting in settings() if meaning(setting) is Change.REFUSED} == REFUSED
+
+
+def test_another_pretrained_model_is_refused_without_adapters(plan, saved, tmp_path):
+    """With adapters it is compared with the saved one: see tests/train/test_lora.py."""
+    moved = shutil.copytree(plan().recipe.model.pretrained, tmp_path / "moved")
+    (problem,) = continuation_problems(plan(f"model.pretrained={moved}"), saved)
+    assert (problem.setting, problem.rule) == ("model.pretrained", "must stay as it was when a run goes on")
 
 
 def test_every_line_of_the_table_is_a_setting_or_a_section():
