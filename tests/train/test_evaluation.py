@@ -120,7 +120,7 @@ def test_the_held_out_loss_is_transformers_loss_of_the_export(run, recipe, recor
     }
     assert f"Held out: {len(rows)} records: {len(rows)} kept" in out
     assert f"Held-out loss after training: {loss:.4f}" in out
-    assert "held out loss" in out and "before training" in out
+    assert "held-out loss" in out and "before training" in out
 
 
 def test_records_set_apart_are_not_trained_on_and_may_be_asked(run, recipe, records, folder):
