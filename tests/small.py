@@ -21,6 +21,7 @@ from tptrain.backends.shards import host_shards
 from tptrain.config import (
     DataSection,
     KernelsSection,
+    LoraSection,
     LossSection,
     MeshSection,
     ModelSection,
@@ -214,6 +215,7 @@ def small_plan(
     optim: Mapping[str, Any] | None = None,
     format: str = "float32",
     trainable: Sequence[str] = ("*",),
+    lora: Mapping[str, Any] | None = None,
     chunk_tokens: int = 0,
     length: int = TOKENS,
     attention: str = "auto",
@@ -227,6 +229,7 @@ def small_plan(
         topology="cpu-1" if backend == "torch" else topology,
         backend=backend,  # type: ignore[arg-type]
         model=ModelSection(config=dict(config), tokenizer="train", trainable=tuple(trainable)),
+        lora=LoraSection(**(lora or {})),
         data=DataSection(path="train.jsonl", seq_len=length, batch_rows=ROWS * accumulation),
         mesh=MeshSection(data=data, fsdp=fsdp, tensor=tensor, expert=expert),
         optim=OptimSection(accumulation=accumulation, **settings),

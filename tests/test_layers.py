@@ -26,7 +26,7 @@ PLANNING = (
 LAYERS = (
     *PLANNING,
     *("heap", "models", "data", "inspection", "weights"),
-    *("jaxside", "backends", "ckpt", "generate", "export", "convert", "eval", "train"),
+    *("jaxside", "backends", "ckpt", "export", "generate", "convert", "eval", "train"),
     *("dryrun", "cli", "__main__"),
 )
 # These import the modules of a folder of their own part, which are checked like all others.

@@ -2,6 +2,7 @@
 
     python tools/convert_ckpt.py runs/tiny_gsm8k OUT                 a run: its newest step -> a model folder
     python tools/convert_ckpt.py runs/tiny_gsm8k OUT --from-step best --dtype float32 --verify
+    python tools/convert_ckpt.py runs/lora OUT --lora adapter        a run with adapters -> a PEFT folder
     python tools/convert_ckpt.py path/to/Meta-Llama-3-8B OUT         a model folder -> OUT/checkpoints/0
     python tools/convert_ckpt.py inspect PATH [--from-step STEP] [--verify] [--json]
     python tools/convert_ckpt.py diff A B                            steps, runs or model folders
@@ -23,6 +24,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tptrain.config.settings import settings
 from tptrain.convert import VERIFY_LEVELS, VerificationError
 from tptrain.errors import Problem, TptrainError, raise_if_any, unknown_name
 from tptrain.family.table import DTYPE_BYTES
@@ -75,6 +77,16 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--assets", type=Path, help="folder of config and tokenizer; default: the run's own assets"
     )
+    parser.add_argument(
+        "--lora",
+        metavar="merged|adapter",
+        help="of a step of adapters: the whole model with them merged (the default), or a PEFT folder",
+    )
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="the model below the adapters that are merged, where it is no longer where it was in training",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT, once the new one is complete")
     parser.add_argument("--unverified", action="store_true", help=_UNVERIFIED)
     parser.add_argument(
@@ -91,6 +103,9 @@ def check(args: argparse.Namespace) -> float | None:
     problems = []
     if args.dtype is not None and args.dtype not in DTYPE_BYTES:
         problems.append(unknown_name("--dtype", args.dtype, "weight format", DTYPE_BYTES))
+    forms = settings()["export.lora"].choices
+    if args.lora is not None and args.lora not in forms:
+        problems.append(unknown_name("--lora", args.lora, "form", forms))
     if args.verify is not None and args.verify not in VERIFY_LEVELS:
         problems.append(unknown_name("--verify", args.verify, "level", VERIFY_LEVELS))
     shard_gb = None

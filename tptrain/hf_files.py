@@ -15,6 +15,9 @@ INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+# Of adapters, as PEFT names them.
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 
 WEIGHT_FILES = (SINGLE_FILE, INDEX_FILE, "model-*.safetensors")
 CONFIG_FILES = (CONFIG_FILE, GENERATION_FILE)

@@ -266,6 +266,56 @@ TRAINABLE = [
     ),
 ]  # fmt: skip
 
+# Adapters.
+LORA = [
+    BadInput(
+        "rank below 0",
+        "lora.rank", "-1", "must be at least 0", "smallest: 0", "0 or more",
+        ("lora.rank=-1",), mended=("lora.rank=0",),
+    ),
+    BadInput(
+        "alpha of 0",
+        "lora.alpha", "0", "must be above 0", "must exceed: 0", "16",
+        ("lora.rank=4", "lora.alpha=0"), mended=("lora.rank=4", "lora.alpha=16"),
+    ),
+    BadInput(
+        "rank above a side",
+        "lora.rank", 64, "must not exceed the smaller side of an adapted matrix",
+        "model.layers.0.self_attn.k_proj.weight is 48 x 96", "48 or less",
+        ("lora.rank=64",), mended=("lora.rank=48",),
+    ),
+    BadInput(
+        "misspelled target",
+        "lora.targets", "qproj", "means no projection that can have an adapter",
+        "dims: embed, heads, kv_heads, mlp; modules: down_proj, gate_proj, k_proj, o_proj,",
+        "q_proj (did you mean it?)",
+        ("lora.rank=4", "lora.targets=qproj,heads"), mended=("lora.rank=4", "lora.targets=q_proj,heads"),
+    ),
+    BadInput(
+        "target outside of the layers",
+        "lora.targets", "vocab", "means no projection that can have an adapter", "dims: embed, heads,",
+        "heads,kv_heads,mlp",
+        ("lora.rank=4", "lora.targets=vocab"), mended=("lora.rank=4", "lora.targets=heads,kv_heads,mlp"),
+    ),
+    BadInput(
+        "experts as targets",
+        "lora.targets", "mlp", "means no projection that can have an adapter", "experts get no adapters",
+        "heads,kv_heads",
+        (*MIXTRAL, "lora.rank=4"), mended=(*MIXTRAL, "lora.rank=4", "lora.targets=heads,kv_heads"),
+    ),
+    BadInput(
+        "trained weights beside adapters",
+        "model.trainable", "lm_head.weight", "must stay * beside adapters", "lora.rank=4",
+        "*, or lora.rank=0",
+        ("lora.rank=4", "model.trainable=lm_head.weight"), mended=("lora.rank=4", "model.trainable=*"),
+    ),
+    BadInput(
+        "adapter of random weights",
+        "export.lora", "adapter", "needs a model folder", "model.pretrained=none", "merged, or",
+        ("lora.rank=4", "export.lora=adapter"), mended=("lora.rank=4", "export.lora=merged"),
+    ),
+]  # fmt: skip
+
 _HEADER = "from tptrain.config import *\n"
 
 # Recipe scripts.

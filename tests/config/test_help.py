@@ -33,7 +33,7 @@ def test_every_field_of_the_schema_is_a_setting() -> None:
         for field in dataclasses.fields(kind)
     }
     assert set(settings()) == nested | (own - set(sections()))
-    assert len(sections()) == 15
+    assert len(sections()) == 16
 
 
 def test_values_are_those_of_the_recipe(page: str) -> None:

@@ -167,6 +167,9 @@ def test_output_paths(overrides: tuple[str, ...], output: str, export: str | Non
         ("optim.momentum=0.9", "optim.name=adamw", "no effect with optim.name=adamw"),
         ("optim.scale_parameter=true", "optim.name=adamw", "no effect with optim.name=adamw"),
         ("optim.beta2=0.99", "optim.name=adafactor", "no effect with optim.name=adafactor"),
+        ("lora.alpha=32", "lora.rank=0", "no effect with lora.rank=0"),
+        ("lora.targets=mlp", "lora.rank=0", "no effect with lora.rank=0"),
+        ("export.lora=adapter", "lora.rank=0", "no effect with lora.rank=0"),
         (
             *("optim.moments_dtype=bfloat16", "optim.name=adafactor"),
             "no effect with optim.name=adafactor and optim.momentum=0",

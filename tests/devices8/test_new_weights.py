@@ -25,6 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "2x2x2 tied": {"fsdp": 2, "tensor": 2, "data": 2, "config": small.LLAMA3_TIED},
     "adafactor": {"fsdp": 2, "tensor": 4, "optim": {"name": "adafactor", "momentum": 0.0}},
     "frozen": {"fsdp": 4, "tensor": 2, "trainable": ("model.layers.*.self_attn.*", "lm_head.weight")},
+    "adapters": {"fsdp": 4, "tensor": 2, "lora": {"rank": 3}},
     "frozen layers": {"fsdp": 2, "tensor": 4, "trainable": ("model.layers.1.*",)},
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from jax._src.lib import xla_client
 
-from tests import small
+from tests import adapters, small
 from tests.traced.dumped import module_of
 from tptrain.backends.base import TensorSource, TracedStep
 from tptrain.backends.xla.backend import XlaBackend
@@ -76,6 +76,17 @@ def test_a_micro_batch_waits_for_the_gradients_of_the_one_before() -> None:
     trained = len(PlaceholderBackend(plan).layout.buffers)
     assert len(between) >= 2
     assert {(line.count("f32["), line.count("s32[")) for line in between} == {(trained + 1, 4)}
+
+
+def test_so_it_is_with_adapters(dump: Path) -> None:
+    """Of what the layers hold, adapters alone are written over."""
+    plan = small.small_plan(4, 2, lora={"rank": 3, "targets": ("heads", "down_proj")}, remat="dots")
+    traced = placeholder_trace(plan)
+    source = adapters.weights_of(small.reference(), plan, adapters.random_adapters(plan))
+    ours, theirs = text_of(traced.module), text_of(compiled_by_a_run(plan, source, dump))
+    assert ours == theirs
+    assert all(".lora_" in name for name in traced.donated if name.startswith(("params/", "mu/", "nu/")))
+    assert sum(name.startswith("params/") for name in traced.donated) == 2 * 3
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])

@@ -35,6 +35,8 @@ def assert_same_state(plan: Plan, one: Path, other: Path) -> None:
     for part, described in plan.parts.items():
         left, right = StepSource(one / part), StepSource(other / part)
         for row in described.rows:
+            if not row.saved:
+                continue
             whole = tuple(slice(0, n) for n in row.size)
             values = left.read(row, whole)
             assert values.count_nonzero(), f"{part}/{row.name} is all zeros and compares nothing"

@@ -34,6 +34,7 @@ from typing import TypedDict
 TOKENS = 32  # generated for each prompt, as in make_reference.py
 NEAR_TIE = 1e-4  # in logits; float32 noise between two implementations is near 1e-5 when logits are near 10
 MIN_COMPARED = 0.9  # of all tokens
+MAX_LORA_RANK = 16  # vLLM takes some powers of 2
 
 VLLM_SETTINGS = {
     # The engine runs inside the process that asks for it. By default it runs in two more, and those keep a
@@ -63,11 +64,19 @@ class Generated:
 
 
 def generate(
-    folder: str, dtype: str, prompts: list[str] | list[list[int]], max_model_len: int
+    folder: str,
+    dtype: str,
+    prompts: list[str] | list[list[int]],
+    max_model_len: int,
+    adapter: str | None = None,
 ) -> list[Generated]:
-    """Generate greedily with vLLM from texts or from token ids; call it in a process of its own."""
+    """Generate greedily with vLLM from texts or from token ids; call it in a process of its own.
+
+    adapter: a PEFT folder that is served on top of the model.
+    """
     os.environ.update(VLLM_SETTINGS)
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     has_tokenizer = (Path(folder) / "tokenizer_config.json").is_file()
     llm = LLM(
@@ -77,22 +86,30 @@ def generate(
         enforce_eager=True,
         seed=0,
         skip_tokenizer_init=not has_tokenizer,
+        enable_lora=adapter is not None,
+        max_lora_rank=MAX_LORA_RANK,
     )
+    on_top = LoRARequest("adapter", 1, adapter) if adapter is not None else None
     inputs = [prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt} for prompt in prompts]
     greedy = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=has_tokenizer)
-    outputs = llm.generate(inputs, greedy, use_tqdm=False)
+    outputs = llm.generate(inputs, greedy, use_tqdm=False, lora_request=on_top)
     return [Generated(list(output.prompt_token_ids), list(output.outputs[0].token_ids)) for output in outputs]
 
 
 def generate_in_child(
-    folder: Path, dtype: str, prompts: list[str] | list[list[int]], max_model_len: int
+    folder: Path,
+    dtype: str,
+    prompts: list[str] | list[list[int]],
+    max_model_len: int,
+    adapter: Path | None = None,
 ) -> list[Generated]:
     """`generate` in a fresh process, so that two models never share memory, threads or environment."""
     if not (folder / "config.json").is_file():
         raise SystemExit(f"{folder} is not a model folder: it has no config.json")
     with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as child:
         try:
-            return child.submit(generate, str(folder), dtype, prompts, max_model_len).result()
+            on_top = str(adapter) if adapter is not None else None
+            return child.submit(generate, str(folder), dtype, prompts, max_model_len, on_top).result()
         except Exception as error:  # whatever stops vLLM means that the folder cannot be served
             reason = f"{type(error).__name__}: {error}"
             raise SystemExit(f"vLLM cannot serve {folder} in {dtype}: {reason}") from error

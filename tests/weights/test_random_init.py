@@ -12,6 +12,7 @@ import pytest
 import torch
 from scipy.special import erfinv
 
+from tptrain.family.lora import adapter_rows
 from tptrain.family.table import ParamRow, bias, matrix, norm_scale
 from tptrain.jaxside.random_init import RandomSource, inverse_erf, key_words, row_key
 
@@ -72,6 +73,21 @@ def test_distribution() -> None:
     assert values.mean().abs() < 3e-4 and abs(values.std().item() / 0.05 - 1) < 5e-3
     assert abs((values.abs() < 0.05).float().mean().item() - 0.6827) < 3e-3
     assert abs((values.abs() > 0.15).float().mean().item() - 0.0027) < 3e-4
+
+
+def test_an_adapter_begins_as_pefts_does() -> None:
+    """Both draw from within the root of 1 / inputs, evenly; B is zeros."""
+    projection = matrix("model.layers.0.mlp.down_proj.weight", ("embed", "mlp"), (96, 3000))
+    a, b = adapter_rows(projection, 64)
+    ours, theirs = RandomSource(1, 0.02).read(a, WHOLE), torch.empty(a.size)
+    torch.nn.init.kaiming_uniform_(theirs, a=5**0.5, generator=torch.Generator().manual_seed(1))
+    bound = 3000**-0.5
+    for values in (ours, theirs):
+        assert 0.999 * bound < values.abs().max() <= bound
+        assert values.mean().abs() < 0.01 * bound
+        assert abs(values.std().item() / bound - 3**-0.5) < 3e-3
+        assert abs((values.abs() < bound / 4).float().mean().item() - 0.25) < 5e-3
+    assert not RandomSource(1, 0.02).read(b, WHOLE).any()
 
 
 def test_a_seed_means_the_same_numbers_after_an_upgrade() -> None:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Train a small model on GSM8K, export it, and hold the export in a real vLLM against transformers. Then a small
-# model of every family: its export bit for bit, and the tokens that vLLM serves.
+# Train a small model on GSM8K, export it, and hold the export in a real vLLM against transformers; the same
+# for adapters trained over it. Then a small model of every family: its export bit for bit, and the tokens that
+# vLLM serves.
 #
 # TPTRAIN_GSM8K names the folder with GSM8K's train.jsonl and test.jsonl. Everything is written to build/vllm,
 # which is emptied first; the environment with vLLM is .venv-vllm, made by make_vllm_env.sh.
@@ -41,5 +42,15 @@ PYTHON
     --out "$work/reference.json"
 .venv-vllm/bin/python tests/vllm/check_export.py --export "$work/run/export" --float32-export "$work/float32" \
     --prompts "$work/prompts.json" --reference "$work/reference.json"
+
+# Adapters over that export, whose weights bfloat16 holds exactly: served beside it as they are, and merged.
+.venv/bin/tptrain train recipes/tiny_gsm8k.py data.path="$gsm8k/train.jsonl" output_dir="$work/lora" \
+    model.pretrained="$work/run/export" model.tokenizer=pretrained precision.compute=float32 lora.rank=8 \
+    export.lora=adapter export.dtype=float32 schedule.max_steps=60 save.every_steps=0
+"$python" tools/convert_ckpt.py "$work/lora" "$work/merged" --dtype float32
+"$python" tests/vllm/make_reference.py --model "$work/merged" --prompts "$work/prompts.json" \
+    --out "$work/merged.json"
+.venv-vllm/bin/python tests/vllm/check_adapter.py --base "$work/run/export" --adapter "$work/lora/export" \
+    --reference "$work/merged.json"
 
 "$python" tools/bench/families.py --vllm .venv-vllm/bin/python --work "$work/families" --only-served

@@ -21,6 +21,7 @@ from tptrain.family import LayerRuns, ParamRow, layer_of, stored_rows
 from tptrain.jaxside.random_init import RandomSource
 from tptrain.mesh import Spec
 from tptrain.models.decoder import Decoder
+from tptrain.models.linear import add_adapters
 from tptrain.models.loss import LossChunks
 
 TORCH_DTYPES = {
@@ -65,12 +66,24 @@ class Buffer:
         return self.rows[0].trainable
 
     @property
+    def saved(self) -> bool:
+        return self.rows[0].saved
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.rows[0].is_adapter
+
+    @property
     def dtype(self) -> torch.dtype:
         return TORCH_DTYPES[self.rows[0].storage_dtype]
 
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def every_buffer(buffer: Buffer) -> bool:
+    return True
 
 
 class Layout:
@@ -104,8 +117,12 @@ class Layout:
 
 def meta_decoder(plan: Plan) -> Decoder:
     """The plan's model without weights, before a backend's own passes."""
+    lora, chunks = plan.recipe.lora, LossChunks(plan.loss_chunk_tokens, plan.batch_shards)
     with torch.device("meta"):
-        return Decoder(plan.facts, plan.padded_vocab, LossChunks(plan.loss_chunk_tokens, plan.batch_shards))
+        decoder = Decoder(plan.facts, plan.padded_vocab, chunks)
+        if lora.rank:
+            add_adapters(decoder, plan.table, lora.rank, lora.scale)
+    return decoder
 
 
 @dataclass(frozen=True)
@@ -200,8 +217,13 @@ class Backend(Protocol):
         """The model as this backend runs it; its parameters carry the names of the layout's buffers."""
         ...
 
-    def place(self, source: TensorSource, part: str = PARAMS) -> Tensors:
-        """Read every buffer of a part of the state from `source`, each device's slice onto that device."""
+    def place(
+        self,
+        source: TensorSource,
+        part: str = PARAMS,
+        wanted: Callable[[Buffer], bool] = every_buffer,
+    ) -> Tensors:
+        """Read the wanted buffers of a part of the state, each device's slice onto that device."""
         ...
 
     def create(self, parts: Iterable[str], source: RandomSource | None = None) -> dict[str, Tensors]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,16 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from tptrain.backends.base import TORCH_DTYPES, Layout, StepFunction, Tensors, TensorSource, meta_decoder
+from tptrain.backends.base import (
+    TORCH_DTYPES,
+    Buffer,
+    Layout,
+    StepFunction,
+    Tensors,
+    TensorSource,
+    every_buffer,
+    meta_decoder,
+)
 from tptrain.backends.shards import read_buffer_shards
 from tptrain.config.plan import Plan
 from tptrain.config.state_parts import PARAMS
@@ -72,9 +81,16 @@ class TorchBackend:
             decoder.model.layers = CheckpointedLayers(decoder.model.layers)
         return decoder
 
-    def place(self, source: TensorSource, part: str = PARAMS) -> Tensors:
+    def place(
+        self,
+        source: TensorSource,
+        part: str = PARAMS,
+        wanted: Callable[[Buffer], bool] = every_buffer,
+    ) -> Tensors:
         placed = {}
         for name, buffer in self.layouts[part].buffers.items():
+            if not wanted(buffer):
+                continue
             whole = tuple(slice(0, n) for n in buffer.shape)
             placed[name] = read_buffer_shards(buffer, {0: whole}, source)[0]
         return placed

@@ -1,9 +1,9 @@
 """Saving a run's state in the background, and restoring the newest good one.
 
 A step on disk is `RUN/checkpoints/STEP` with the items `params`, `mu` and `nu` (flat dicts of arrays by
-Hugging Face name), `run` (JSON: step, cursor, seeds, recipe, config, versions) and the digest manifest. Orbax
-writes the items and commits them by a rename; the manifest comes last and publishes the step. Older steps are
-deleted only then.
+Hugging Face name; `params` of a run with adapters holds these alone), `run` (JSON: step, cursor, seeds,
+recipe, config, versions) and the digest manifest. Orbax writes the items and commits them by a rename; the
+manifest comes last and publishes the step. Older steps are deleted only then.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ class Checkpointer:
     ) -> None:
         """Start saving a step; returns when the state is copied, and the next step may change it.
 
-        parts: part name -> buffers by name. metrics: scores of the step, for policies and `--from-step best`.
+        parts: part name -> buffers by name, of which those that a checkpoint holds are saved.
+        metrics: scores of the step, for policies and `--from-step best`.
         A save still under way is finished first. A save that fails in the background is told at once; `wait`
         raises it. Raises SaveError when not even the start succeeds.
         """
@@ -94,7 +95,7 @@ class Checkpointer:
         self._error = None
         self._on_phase("begin", "save", step)
         try:
-            self._start(step, parts, run)
+            self._start(step, self._saved(parts), run)
         except OSError as error:
             raise self._failed(step, error) from error
         finally:
@@ -106,6 +107,13 @@ class Checkpointer:
             target=self._finish, args=(step, dict(metrics or {})), name="tptrain-save", daemon=True
         )
         self._thread.start()
+
+    def _saved(self, parts: Mapping[str, Tensors]) -> dict[str, Tensors]:
+        layouts = self._backend.layouts
+        return {
+            part: {name: t for name, t in tensors.items() if layouts[part].buffers[name].saved}
+            for part, tensors in parts.items()
+        }
 
     def _start(self, step: int, parts: Mapping[str, Tensors], run: Mapping[str, Any]) -> None:
         if self._snapshot is None:

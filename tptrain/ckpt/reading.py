@@ -25,6 +25,7 @@ from tptrain.ckpt.digests import (
 )
 from tptrain.ckpt.plain_chunks import ChunkDamage, plain_array
 from tptrain.ckpt.steps import RUN, read_run
+from tptrain.config.schema import LoraSection
 from tptrain.config.state_parts import PARAMS
 from tptrain.errors import Problem, ProblemsError, refuse
 from tptrain.family import ParamRow
@@ -39,6 +40,15 @@ def readable(step_folder: Path, setting: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
         raise refuse(setting, step_folder, "must be readable", reason, "an intact step") from error
+
+
+def lora_of(run: Mapping[str, Any]) -> LoraSection | None:
+    """The adapters that a step's run trains, from its JSON item; None for a run without."""
+    recipe = run.get("recipe", {})
+    if not recipe.get("lora.rank"):
+        return None
+    targets = tuple(recipe["lora.targets"])
+    return LoraSection(rank=recipe["lora.rank"], alpha=recipe["lora.alpha"], targets=targets)
 
 
 def read_tree(item: Path) -> Mapping[str, Any]:
@@ -125,10 +135,19 @@ class StepReader:
             self.run = read_run(step_folder)
         self._item = item
         self._source = StepSource(self._folder / item)
+        self._sliced: set[str] = set()
 
-    def read(self, row: ParamRow) -> torch.Tensor:
-        """One whole unpadded tensor in the format it was saved in; nothing else is read."""
-        return self._checked(row).read(row, tuple(slice(0, n) for n in row.size))
+    def read(self, row: ParamRow, index: Slices | None = None) -> torch.Tensor:
+        """One unpadded tensor in the format it was saved in, or a slice of it; nothing else is read.
+
+        Of a tensor that is read by slices the files are checked once.
+        """
+        if index is None:
+            return self._checked(row).read(row, tuple(slice(0, n) for n in row.size))
+        if row.name not in self._sliced:
+            self._checked(row)
+            self._sliced.add(row.name)
+        return self._source.read(row, index)
 
     def read_blocks(self, row: ParamRow) -> Iterator[torch.Tensor]:
         """A tensor as consecutive private blocks of whole rows; each file is read once.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,17 @@ from tptrain.ckpt.digests import (
     listing_damages,
     read_manifest,
 )
-from tptrain.ckpt.reading import StepSource, check_tree, describe
+from tptrain.ckpt.reading import StepSource, check_tree, describe, lora_of
 from tptrain.ckpt.steps import read_run, saved_steps, set_aside
 from tptrain.config.plan import Plan
 from tptrain.config.state_parts import PARAMS
 from tptrain.errors import Problem, raise_if_any, refuse
+from tptrain.family import ParamRow
 from tptrain.jaxside.hosts import barrier, first_text, is_primary, process_count, process_index
 
 Accept = Callable[[Mapping[str, Any]], None]
+# Item of a step -> the rows that are read of it, which are all it holds.
+Rows = Mapping[str, Sequence[ParamRow]]
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,11 @@ class UnverifiedError(Exception):
     """A step has no manifest."""
 
 
+def saved_rows(plan: Plan, parts: Iterable[str]) -> Rows:
+    """What a step of the plan's run holds."""
+    return {part: [row for row in plan.parts[part].rows if row.saved] for part in parts}
+
+
 def restore_newest(
     plan: Plan,
     backend: Backend,
@@ -59,7 +67,8 @@ def restore_newest(
     steps = saved_steps(folder, unverified=True)
     for step in reversed(steps):
         try:
-            restored = _restore(plan, backend, folder / str(step), parts, accept, unverified, "resume")
+            rows = saved_rows(plan, parts)
+            restored = _restore(plan, backend, folder / str(step), rows, accept, unverified, "resume")
         except DamagedError as error:
             say(f"Step {step} is damaged: {error}. It is set aside as {_set_aside(folder, step)}.")
         except UnverifiedError:
@@ -90,7 +99,7 @@ def restore_step(
         rule, other = "must be a step that was saved", f"steps in {step_folder.parent}: {known}"
         raise refuse("resume", step_folder.name, rule, other, "one of them, or auto")
     return _told(
-        lambda: _restore(plan, backend, step_folder, parts, accept, unverified, "resume"),
+        lambda: _restore(plan, backend, step_folder, saved_rows(plan, parts), accept, unverified, "resume"),
         step_folder,
         "resume",
     )
@@ -101,15 +110,21 @@ def restore_part(
 ) -> Tensors:
     """One item of a step (of any run of this model) as buffers on the devices; the step is only read.
 
+    Adapters are left out: the step holds the model that they stand on.
+
     setting: the recipe's setting that named the step, for messages.
     """
 
     def accept(run: Mapping[str, Any]) -> None:
-        pass
+        if lora_of(run) is not None:
+            rule, other = "must hold a whole model", "it holds the adapters of a run with lora.rank"
+            fix = "the run's export, or what tools/convert_ckpt.py makes of the step"
+            raise refuse(setting, step_folder, rule, other, fix)
 
     folder = step_folder.absolute()
+    rows = {part: [row for row in plan.parts[part].rows if not row.is_adapter]}
     return _told(
-        lambda: _restore(plan, backend, folder, (part,), accept, unverified, setting), folder, setting
+        lambda: _restore(plan, backend, folder, rows, accept, unverified, setting), folder, setting
     ).parts[part]
 
 
@@ -130,51 +145,56 @@ def _restore(
     plan: Plan,
     backend: Backend,
     step_folder: Path,
-    parts: Sequence[str],
+    rows: Rows,
     accept: Accept,
     unverified: bool,
     setting: str,
 ) -> Restored:
-    """Small files first, then the weights, verified while they are read.
+    """Small files first, then the weights, verified while they are read. rows: of each item, all it holds.
 
     Every process takes the same turns: damage that one of them finds is damage to all.
     """
     manifest = _manifest(step_folder, unverified)
     run = read_run(step_folder)
     accept(run)
-    raise_if_any(_tree_problems(plan, step_folder, parts, setting))
-    items = tuple(f"{part}/" for part in parts)
+    raise_if_any(_tree_problems(plan, step_folder, rows, setting))
+    items = tuple(f"{part}/" for part in rows)
     files = manifest.files if manifest else ()
     paths = sorted(path for path in files if path.startswith(items) and is_chunk(path))
     check = BackgroundCheck(step_folder, manifest, paths[process_index() :: process_count()])
     failure = ""
     placed: dict[str, Tensors] = {}
     try:
-        for part in parts:
-            placed[part] = backend.place(StepSource(step_folder / part), part)
+        for part, held in rows.items():
+            placed[part] = _placed(backend, step_folder, part, held)
     except (OSError, ValueError) as error:  # what tensorstore raises for files it cannot read
         failure = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     _raise_damage(check.result(), failure)
     return Restored(int(run["step"]), placed, run)
 
 
-def _tree_problems(plan: Plan, step_folder: Path, parts: Sequence[str], setting: str) -> list[Problem]:
+def _placed(backend: Backend, step_folder: Path, part: str, rows: Sequence[ParamRow]) -> Tensors:
+    names = {row.name for row in rows}
+    source = StepSource(step_folder / part)
+    return backend.place(source, part, lambda buffer: buffer.rows[0].name in names)
+
+
+def _tree_problems(plan: Plan, step_folder: Path, rows: Rows, setting: str) -> list[Problem]:
     """Items that are missing and arrays that do not fit; no values are read.
 
     Moments are cast to the dtype that the plan has for them. Weights are, where a run begins with those of a
     step; one that goes on has to find its own.
     """
-    missing = [part for part in parts if not (step_folder / part).is_dir()]
+    missing = [part for part in rows if not (step_folder / part).is_dir()]
     if missing:
         found = sorted(path.name for path in step_folder.iterdir() if path.is_dir())
         rule = f"must hold what optim.name={plan.recipe.optim.name} keeps: {', '.join(missing)}"
         fix = "the optimizer it was saved with, or a new run with model.pretrained=STEP for its weights alone"
         return [Problem(setting, step_folder, rule, f"it holds {', '.join(found)}", fix)]
     problems: list[Problem] = []
-    for part in parts:
-        rows = {row.name: row for row in plan.parts[part].rows}
-        any_float = part != PARAMS or tuple(parts) == (PARAMS,)
-        problems += check_tree(step_folder / part, rows, setting, any_float)
+    for part, held in rows.items():
+        any_float = part != PARAMS or tuple(rows) == (PARAMS,)
+        problems += check_tree(step_folder / part, {row.name: row for row in held}, setting, any_float)
     return problems
 
 

@@ -107,12 +107,16 @@ class Snapshot:
     """
 
     def __init__(self, plan: Plan, backend: Backend, parts: Sequence[str]):
-        """Allocates memory for what this process writes: the state, without replicas and padding."""
+        """Allocates memory for what this process writes: what is saved, without replicas and padding."""
         trim_heap()  # placing the state has left room for half of it in the heap, where none of this goes
         self._backend = backend
         sizes, local = plan.mesh.axis_sizes, backend.local_positions
         self._copies = {
-            part: {name: _BufferCopy(b, sizes, local) for name, b in backend.layouts[part].buffers.items()}
+            part: {
+                name: _BufferCopy(buffer, sizes, local)
+                for name, buffer in backend.layouts[part].buffers.items()
+                if buffer.saved
+            }
             for part in parts
         }
         self.arrays = {

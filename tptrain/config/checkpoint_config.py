@@ -19,7 +19,8 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 def find_checkpoint_config(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> dict[str, Any] | None:
     """The config.json of `model.pretrained`; None without a checkpoint or for a hub id not downloaded yet.
 
-    A run that goes on needs its pretrained weights no more: where they are gone, the run's own copy will do.
+    A run that goes on needs its pretrained weights no more (but for those below adapters, of which reading
+    them will tell): where they are gone, the run's own copy will do.
     Raises ProblemsError for a path that is not there, a folder without config.json, an unreadable file.
     """
     source = recipe.model.pretrained

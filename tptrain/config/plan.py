@@ -70,6 +70,16 @@ class Plan:
         return layer_runs(stored_rows(self.table), self.facts.layer_kinds)
 
     @property
+    def exported(self) -> tuple[ParamRow, ...]:
+        """The rows that the export holds: the model's, or those of its adapters."""
+        return tuple(row for row in self.table if row.is_adapter == self.exports_adapter)
+
+    @property
+    def exports_adapter(self) -> bool:
+        """Whether the export is an adapter, and not a model."""
+        return self.recipe.lora.rank > 0 and self.recipe.export.lora == "adapter"
+
+    @property
     def device_rows(self) -> int:
         """Rows of a micro-batch on each device."""
         return self.micro_rows // self.batch_shards

@@ -38,6 +38,7 @@ def recipe_problems(recipe: Recipe) -> list[Problem]:
         *_moments_problems(recipe),
         *evaluation_problems(recipe),
         *_compiler_problems(recipe),
+        *_adapter_export_problems(recipe),
     ]
 
 
@@ -169,6 +170,16 @@ def _remat_problems(recipe: Recipe) -> list[Problem]:
     return [Problem("remat.policy", policy, rule, "backend=torch", fix)]
 
 
+def _adapter_export_problems(recipe: Recipe) -> list[Problem]:
+    """An adapter is nothing without the model it stands on, and random weights are in no folder."""
+    export = recipe.export
+    if not (recipe.lora.rank and export.enabled and export.lora == "adapter" and not recipe.model.pretrained):
+        return []
+    rule = "needs a model folder that the adapter is loaded beside"
+    fix = "merged, or model.pretrained=FOLDER"
+    return [Problem("export.lora", "adapter", rule, "model.pretrained=none", fix)]
+
+
 def _is_one_file(path: str | None) -> bool:
     return path is not None and (path.startswith("builtin:") or path.endswith(_FILE_SUFFIXES))
 
@@ -184,11 +195,11 @@ def _idle_settings(recipe: Recipe, topology: Topology) -> list[tuple[bool, str, 
     save, max_steps = recipe.save, recipe.schedule.max_steps or math.inf
     only_by_steps = save.every_seconds == 0
     export_settings = (
-        *("export.path", "export.dtype", "export.max_shard_gb"),
+        *("export.path", "export.dtype", "export.lora", "export.max_shard_gb"),
         *("export.step", "export.require"),
     )
     constant = recipe.schedule.kind == "constant"
-    optim = recipe.optim
+    optim, lora = recipe.optim, recipe.lora
     of_adafactor = ("optim.momentum", "optim.beta2_decay", "optim.update_clip", "optim.scale_parameter")
     return [
         (not export.enabled, "export.enabled=false", export_settings),
@@ -234,7 +245,13 @@ def _idle_settings(recipe: Recipe, topology: Topology) -> list[tuple[bool, str, 
         (recipe.backend == "torch", "backend=torch", ("compiler.tpu_flags",)),
         (topology.chip.platform != "tpu", f"topology={topology.name}", ("compiler.tpu_flags",)),
         (recipe.resume == "never", "resume=never", ("unverified",)),
-        (model.pretrained is not None, f"model.pretrained={model.pretrained}", ("seed",)),
+        (
+            model.pretrained is not None and not lora.rank,
+            f"model.pretrained={model.pretrained}",
+            ("seed",),
+        ),
+        (not lora.rank, "lora.rank=0", ("lora.alpha", "lora.targets", "export.lora")),
+        (lora.rank > 0 and export.lora == "adapter", "export.lora=adapter", ("export.max_shard_gb",)),
     ]
 
 

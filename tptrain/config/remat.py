@@ -15,7 +15,7 @@ _ATTENTION = frozenset({"attended", "logsumexp"})
 # With the products of experts also which experts were chosen: rows stand in the order of the choices, and a
 # near-tie that is computed again may fall the other way.
 _EXPERTS = frozenset({"expert_choices", "expert_gate", "expert_up"})
-_PRODUCTS = _ATTENTION | {"query", "key", "value", "gate", "up"} | _EXPERTS
+_PRODUCTS = _ATTENTION | {"query", "key", "value", "gate", "up", "adapter"} | _EXPERTS
 
 # Policy -> the marked activations that are kept instead of computed again. Where attention's results are
 # kept, its forward kernel does not run in the backward pass; the softmax of plain attention is made of its

@@ -23,7 +23,13 @@ from tptrain.config.plan import Plan
 from tptrain.config.recipe_checks import facts_problems, idle_notices, recipe_problems
 from tptrain.config.remat import offload_notices
 from tptrain.config.schema import Recipe
-from tptrain.config.trainable import run_notices, trainable_problems, with_frozen
+from tptrain.config.trainable import (
+    lora_problems,
+    run_notices,
+    table_of,
+    trainable_problems,
+    with_frozen,
+)
 from tptrain.errors import Problem, raise_if_any
 from tptrain.family import parameter_table
 from tptrain.mesh import RuleTable, param_specs
@@ -82,6 +88,7 @@ def parts_of(recipe: Recipe, topology: Topology | None, at_hand: ConfigsAtHand |
     if facts:
         problems += facts_problems(recipe, facts)
         problems += trainable_problems(recipe, parameter_table(facts))
+        problems += lora_problems(recipe, parameter_table(facts))
     if topology and mesh and rules:
         if facts:
             case = ShardingCase(recipe.mesh, facts, rules, mesh.shape, topology.devices_per_slice)
@@ -112,8 +119,8 @@ def finish(parts: Parts) -> Plan:
         # So that the specs of a model without experts read as if there were none.
         rules = rules.without("expert")
     master = recipe.precision.master
-    padded = padded_table(parameter_table(model.facts), rules, mesh.shape.axis_sizes, master)
-    table = with_frozen(padded, recipe.model.trainable)
+    padded = padded_table(table_of(model.facts, recipe.lora), rules, mesh.shape.axis_sizes, master)
+    table = with_frozen(padded, recipe)
     plan = Plan(
         recipe=recipe,
         topology=topology,

@@ -116,6 +116,27 @@ class MeshSection:
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class LoraSection:
+    """Adapters in place of the model's weights as what is trained (LoRA, arXiv:2106.09685)."""
+
+    rank: int = Field(default=0, ge=0)
+    """Rank of the adapters: a projection x W^T becomes x W^T + alpha / rank * (x A^T) B^T, with A [rank, in]
+    and B [out, rank]. These alone are trained and saved; the model's own weights are frozen in bfloat16. 0:
+    no adapters."""
+    alpha: float = Field(default=16.0, gt=0)
+    """Weight of the adapters, over their rank."""
+    targets: tuple[str, ...] = ("heads", "kv_heads", "mlp")
+    """Projections that get an adapter: dims of the parameter table (heads: q_proj and o_proj; kv_heads:
+    k_proj and v_proj; mlp: gate_proj, up_proj and down_proj), names of modules as in PEFT (q_proj), or
+    patterns of whole names (model.layers.3?.self_attn.*). Experts of a mixture get none."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of what an adapter adds; there are adapters."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class OptimSection:
     """The optimizer, with decoupled weight decay on matrices (not on norms and biases)."""
 
@@ -260,6 +281,9 @@ class ExportSection:
     """Where; auto: `export` inside the run's folder."""
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     """Format of the exported weights."""
+    lora: Literal["merged", "adapter"] = "merged"
+    """Of a run with adapters. merged: the whole model, each projection with what its adapter adds; adapter: a
+    PEFT folder of the adapters alone, which is loaded beside model.pretrained."""
     max_shard_gb: float = Field(default=5.0, gt=0)
     """Largest safetensors file, in GB (1e9 bytes)."""
     step: Literal["last", "best"] = "last"
@@ -354,6 +378,7 @@ class Recipe:
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)
     mesh: MeshSection = Field(default_factory=MeshSection)
+    lora: LoraSection = Field(default_factory=LoraSection)
     optim: OptimSection = Field(default_factory=OptimSection)
     schedule: ScheduleSection = Field(default_factory=ScheduleSection)
     precision: PrecisionSection = Field(default_factory=PrecisionSection)

@@ -1,4 +1,4 @@
-"""Which weights are trained: name patterns of the recipe against the parameter table."""
+"""Which weights are trained: patterns of the recipe against the parameter table, or adapters beside it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,24 @@ import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from tptrain.config.schema import Recipe
+from tptrain.config.schema import LoraSection, Recipe
 from tptrain.errors import Problem, nearest
-from tptrain.family import LayerRuns, ParamRow, stored_rows
+from tptrain.family import LayerRuns, ModelFacts, ParamRow, parameter_table, stored_rows, with_adapters
+from tptrain.family.lora import adaptable_rows, is_target, module_of
 
 FROZEN_DTYPE = "bfloat16"
 
 _SETTING = "model.trainable"
+_TARGETS = "lora.targets"
 _LAYER = re.compile(r"^(model\.layers\.)(\d+)(\..+)$")
 # Layers in the periods of loops above which a notice says what they cost.
 MOST_TRACED = 8
+
+
+def table_of(facts: ModelFacts, lora: LoraSection) -> tuple[ParamRow, ...]:
+    """The parameter table of a model with the adapters that a recipe gives it."""
+    table = parameter_table(facts)
+    return with_adapters(table, lora.rank, lora.targets) if lora.rank else table
 
 
 def is_trained(name: str, patterns: Sequence[str]) -> bool:
@@ -24,13 +32,20 @@ def is_trained(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def with_frozen(table: Sequence[ParamRow], patterns: Sequence[str]) -> tuple[ParamRow, ...]:
-    """The table with what no pattern matches frozen and held in bfloat16; a tied row goes with its own."""
+def with_frozen(table: Sequence[ParamRow], recipe: Recipe) -> tuple[ParamRow, ...]:
+    """The table with what the recipe does not train frozen and held in bfloat16.
+
+    Beside adapters that is all else, which is not saved then, since it can be read again. Without them it is
+    what no pattern matches; a tied row goes with its own.
+    """
+    has_adapters = recipe.lora.rank > 0
 
     def frozen(row: ParamRow) -> ParamRow:
-        if is_trained(row.tied_to or row.name, patterns):
+        if row.is_adapter or (
+            not has_adapters and is_trained(row.tied_to or row.name, recipe.model.trainable)
+        ):
             return row
-        return dataclasses.replace(row, trainable=False, storage_dtype=FROZEN_DTYPE)
+        return dataclasses.replace(row, trainable=False, storage_dtype=FROZEN_DTYPE, saved=not has_adapters)
 
     return tuple(frozen(row) for row in table)
 
@@ -56,12 +71,51 @@ def _unmatched(pattern: str, table: Sequence[ParamRow], names: Sequence[str]) ->
     return Problem(_SETTING, pattern, "matches no weight of the model", f"weights: {', '.join(known)}", fix)
 
 
+def lora_problems(recipe: Recipe, table: Sequence[ParamRow]) -> list[Problem]:
+    """What keeps a model from getting the adapters that the recipe asks for. table: with or without them."""
+    lora, patterns = recipe.lora, recipe.model.trainable
+    if not lora.rank:
+        return []
+    problems = []
+    if patterns != ("*",):
+        rule, other = "must stay * beside adapters, which alone are trained", f"lora.rank={lora.rank}"
+        problems.append(Problem(_SETTING, ",".join(patterns), rule, other, "*, or lora.rank=0"))
+    if not lora.targets:
+        rule, fix = "must name what gets an adapter", "heads,kv_heads,mlp"
+        problems.append(Problem(_TARGETS, "", rule, "no target is given", fix))
+    rows = adaptable_rows(table)
+    for target in lora.targets:
+        if not any(is_target(row, target) for row in rows):
+            problems.append(_no_target(target, rows, table))
+    adapted = [row for row in rows if any(is_target(row, target) for target in lora.targets)]
+    smallest = min(adapted, key=lambda row: min(row.size), default=None)
+    if smallest is not None and lora.rank > min(smallest.size):
+        rule = "must not exceed the smaller side of an adapted matrix"
+        other = f"{smallest.name} is {smallest.size[0]} x {smallest.size[1]}"
+        problems.append(Problem("lora.rank", lora.rank, rule, other, f"{min(smallest.size)} or less"))
+    return problems
+
+
+def _no_target(target: str, rows: Sequence[ParamRow], table: Sequence[ParamRow]) -> Problem:
+    """rows: those that may be targets."""
+    modules = sorted({module_of(row).rpartition(".")[2] for row in rows})
+    dims = sorted({dim for row in rows for dim in row.dims})
+    guess = nearest(target, [*dims, *modules])
+    fix = f"{guess} (did you mean it?)" if guess else ",".join(dim for dim in dims if dim != "embed")
+    other = f"dims: {', '.join(dims)}; modules: {', '.join(modules)}"
+    if any("experts" in row.dims for row in table):
+        other += "; experts get no adapters"
+    return Problem(_TARGETS, target, "means no projection that can have an adapter", other, fix)
+
+
 def run_notices(recipe: Recipe, runs: LayerRuns) -> list[str]:
     """What it costs to train other weights in every few layers: the XLA backend has a loop for each run."""
-    if recipe.backend != "xla" or recipe.model.trainable == ("*",) or runs.traced <= MOST_TRACED:
+    chosen = _TARGETS if recipe.lora.rank else _SETTING
+    is_default = not recipe.lora.rank and recipe.model.trainable == ("*",)
+    if recipe.backend != "xla" or is_default or runs.traced <= MOST_TRACED:
         return []
     return [
-        f"model.trainable leaves few layers alike: the step has {len(runs.runs)} loops over layers, which"
+        f"{chosen} leaves few layers alike: the step has {len(runs.runs)} loops over layers, which"
         f" compute {runs.traced} in a turn of each. Tracing and compiling take longer with each layer in a"
         f" turn; at most {MOST_TRACED} are advised."
     ]

@@ -10,7 +10,7 @@ from tptrain.convert.progress import ByteProgress
 from tptrain.convert.sources import find_model, place_problems
 from tptrain.convert.verification import memory_problems, verify_digests, verify_logits
 from tptrain.errors import Problem, raise_if_any
-from tptrain.export import StepModel, export_model, open_step
+from tptrain.export import LoraForm, StepModel, export_model, open_step
 from tptrain.weights import export_bytes
 
 EXPORT_DTYPE = "bfloat16"
@@ -23,6 +23,7 @@ class Options:
 
     source:    see `find_model`; from_step: which step of a run.
     dtype:     of the weights that are written. max_shard_gb: of the largest safetensors file, in 1e9 bytes.
+    lora, base: of a step of adapters, see `LoraForm`.
     verify:    one of VERIFY_LEVELS, or None. overwrite, unverified: whether they were given.
     """
 
@@ -32,6 +33,8 @@ class Options:
     dtype: str | None = None
     max_shard_gb: float | None = None
     assets: Path | None = None
+    lora: str | None = None
+    base: str | None = None
     verify: str | None = None
     overwrite: bool = False
     unverified: bool = False
@@ -55,6 +58,8 @@ def _step_options(options: Options) -> list[Problem]:
     given = {
         "--assets": options.assets,
         "--max-shard-gb": options.max_shard_gb,
+        "--lora": options.lora,
+        "--base": options.base,
         "--unverified": options.unverified or None,
     }
     rule, other = "belongs to the other direction", f"SOURCE={options.source} is a model folder"
@@ -66,7 +71,9 @@ def _step_options(options: Options) -> list[Problem]:
 
 
 def _to_folder(options: Options, step_folder: Path) -> list[str]:
-    step = open_step(step_folder, options.assets, "SOURCE", options.unverified)
+    form = LoraForm(options.lora, options.base, "--lora", "--base")
+    step = open_step(step_folder, options.assets, "SOURCE", options.unverified, form)
+    raise_if_any(_adapter_options(options) if step.peft_config is not None else [])
     sources = [step_folder, *([step.assets] if step.assets is not None else [])]
     raise_if_any(place_problems(options.out, sources, options.overwrite))
     raise_if_any(memory_problems(step.table) if options.verify == "all" else [])
@@ -81,6 +88,14 @@ def _to_folder(options: Options, step_folder: Path) -> list[str]:
     if options.verify is None:
         return lines
     return [*lines, *_verified(options.verify, step, open_folder(out, str(out), "OUT"), dtype)]
+
+
+def _adapter_options(options: Options) -> list[Problem]:
+    """Options that mean nothing for a folder of adapters."""
+    rule, other = "needs a whole model", "--lora=adapter"
+    given = {"--verify": options.verify, "--base": options.base, "--max-shard-gb": options.max_shard_gb}
+    fix = "--lora=merged, or no such option"
+    return [Problem(name, value, rule, other, fix) for name, value in given.items() if value is not None]
 
 
 def _to_checkpoint(options: Options, model: FolderModel) -> list[str]:

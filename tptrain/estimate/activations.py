@@ -21,6 +21,7 @@ _HEADS = (*_TOKENS, "act_heads", "act_head_dim")
 _KV_HEADS = (*_TOKENS, "act_kv_heads", "act_head_dim")
 _SCORES = ("act_batch", "act_kv_heads", "act_group", "act_tokens", "act_keys")
 _MLP = (*_TOKENS, "act_mlp")
+_RANK = (*_TOKENS, "act_rank")
 _EXPERT_MLP = ("act_expert_rows", "act_expert_mlp")
 
 
@@ -30,7 +31,7 @@ class Activation:
 
     block: which half of the layer computes it.
     core:  the one it belongs to, of attention ("plain", "splash") or of the MLP: experts with rows sorted by
-           them ("grouped"), or an MLP and experts without ("ungrouped"). None: all.
+           them ("grouped"), or an MLP and experts without ("ungrouped"); or "adapters". None: all.
     dtype: its format; None: the compute format.
     """
 
@@ -52,6 +53,8 @@ LAYER = (
     Activation("logsumexp", ("act_batch", "act_heads", "act_tokens"), "attention", "splash", "float32"),
     Activation("attended", _HEADS, "attention"),
     Activation("after_attention", _STREAM, "attention"),
+    # Those of all adapters of a layer, its MLP's included: they are small.
+    Activation("adapter", _RANK, "attention", "adapters"),
     Activation("mlp_input", _STREAM, "mlp"),
     Activation("gate", _MLP, "mlp", "ungrouped"),
     Activation("up", _MLP, "mlp", "ungrouped"),
@@ -70,7 +73,8 @@ def layer_activations(work: Workload) -> list[Activation]:
     Where some layers have experts and some have none, all are counted as if they had.
     """
     cores = (None, work.attention, "grouped" if work.experts == "grouped" else "ungrouped")
-    return [activation for activation in LAYER if activation.core in cores]
+    adapters = ("adapters",) if work.layer_rank else ()
+    return [activation for activation in LAYER if activation.core in (*cores, *adapters)]
 
 
 _WIDTHS = {**DTYPE_BYTES, "int32": 4}
@@ -103,6 +107,7 @@ def act_sizes(work: Workload) -> dict[str, int]:
         # Of all tokens that a device collects, not of its own experts alone: shapes do not know the routing.
         "act_expert_rows": work.rows * work.tokens * chosen * split_count(work.expert_axes, work.axis_sizes),
         "act_expert_mlp": experts.intermediate_size if experts else 0,
+        "act_rank": work.layer_rank,
         "act_vocab": head.padded_size[head.dims.index("vocab")],
     }
 

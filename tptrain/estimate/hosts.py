@@ -15,7 +15,7 @@ from tptrain.errors import Problem
 from tptrain.estimate.activations import offloaded_bytes
 from tptrain.estimate.text import bytes_text
 from tptrain.estimate.workload import Workload, workload_of
-from tptrain.family import ParamRow
+from tptrain.family import ParamRow, stored_rows
 from tptrain.family.table import DTYPE_BYTES
 from tptrain.mesh.rules import split_count
 
@@ -52,10 +52,10 @@ class HostNeeds:
 def host_needs(plan: Plan, work: Workload | None = None) -> HostNeeds:
     """What a plan asks of each of its hosts and of the disk."""
     work = work or workload_of(plan)
-    kept = [*work.table, *(each.row for each in work.optimizer)]
+    kept = [row for row in (*work.table, *(each.row for each in work.optimizer)) if row.saved]
     state = sum(row.num_elements * DTYPE_BYTES[row.storage_dtype] for row in kept)
     export = plan.recipe.export
-    exported = sum(row.num_elements for row in work.table) * DTYPE_BYTES[export.dtype]
+    exported = sum(row.num_elements for row in stored_rows(plan.exported)) * DTYPE_BYTES[export.dtype]
     devices, share = plan.topology.devices_per_host, plan.topology.chip.host_memory_bytes
     return HostNeeds(
         memory_bytes=None if share is None else devices * share,

@@ -16,6 +16,7 @@ from tptrain.estimate.memory import memory
 from tptrain.estimate.network import AxisLinks
 from tptrain.estimate.workload import Workload
 from tptrain.family import ParamRow
+from tptrain.family.lora import module_of
 from tptrain.family.table import DTYPE_BYTES
 from tptrain.topology import Topology
 
@@ -105,8 +106,8 @@ def step_tokens(work: Workload) -> int:
 
 
 def _is_recomputed(row: ParamRow, kept: frozenset[str]) -> bool:
-    """row: `model.layers.3.self_attn.q_proj.weight`, a matrix of a layer."""
-    made = _MAKES.get(row.name.split(".")[-2])
+    """row: a matrix of a layer. An adapter's second one makes a part of what the projection makes."""
+    made = "adapter" if row.dims[0] == "rank" else _MAKES.get(module_of(row).rpartition(".")[2])
     return made is not None and made not in kept
 
 

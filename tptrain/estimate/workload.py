@@ -88,6 +88,16 @@ class Workload:
         return tuple(row for row in self.table if layer_of(row.name))
 
     @cached_property
+    def layer_rank(self) -> int:
+        """The ranks of all adapters of a layer together, of the layer that has most; 0 without adapters."""
+        ranks: dict[int, int] = {}
+        for row in self.layer_rows:
+            found = layer_of(row.name)
+            if found and row.dims[0] == "rank":
+                ranks[found[0]] = ranks.get(found[0], 0) + row.size[0]
+        return max(ranks.values(), default=0)
+
+    @cached_property
     def runs(self) -> LayerRuns:
         """The layers that one loop computes together."""
         return layer_runs(self.table, self.facts.layer_kinds)

@@ -15,9 +15,10 @@ from typing import Literal
 PARAM_DIMS = (
     *("vocab", "embed", "heads", "kv_heads", "mlp", "norm", "layers"),
     *("router", "experts", "expert_mlp", "expert_embed"),
+    "rank",
 )
 
-Init = Literal["normal", "ones", "zeros"]
+Init = Literal["normal", "ones", "zeros", "kaiming_uniform"]
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -30,11 +31,14 @@ class ParamRow:
     dims:          a name from PARAM_DIMS for each dimension, in the file's layout (`[out, in]`).
     size:          elements per dimension on disk.
     padded_size:   elements per dimension in memory; larger than `size` only where `vocab` is padded.
-    init:          how a model that starts from random weights fills it.
+    init:          how a model that starts from random weights fills it; kaiming_uniform: evenly between plus
+                   and minus the root of 1 / (size of the last dim).
     decay:         whether weight decay applies (matrices yes; norms and biases no).
     trainable:     whether the optimizer updates it.
     storage_dtype: dtype of the master copy in memory and in checkpoints.
     tied_to:       name of the row that stores the data of this one; None for a row with its own data.
+    saved:         whether a checkpoint holds it: all but the weights below adapters, which are read again
+                   where they came from.
     in_files:      names of the tensors in files where these are not the row itself: another name for it, or
                    one for each slice along its first dim, which are experts.
     """
@@ -48,7 +52,13 @@ class ParamRow:
     trainable: bool = True
     storage_dtype: str = "float32"
     tied_to: str | None = None
+    saved: bool = True
     in_files: tuple[str, ...] = ()
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it belongs to an adapter, and not to the model that is adapted."""
+        return "rank" in self.dims
 
     @property
     def is_in_slices(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from tptrain.backends.base import Backend, Tensors
 from tptrain.backends.make import make_backend, prepare_process
+from tptrain.ckpt.reading import lora_of
 from tptrain.ckpt.restoring import restore_part
 from tptrain.ckpt.steps import find_step, is_step_folder, read_run
 from tptrain.config.overrides import apply_overrides
@@ -28,6 +29,7 @@ from tptrain.data.pairs import encode_prompt
 from tptrain.data.render import Renderer
 from tptrain.data.tokenizer import load_tokenizer
 from tptrain.errors import refuse
+from tptrain.export import open_step
 from tptrain.generate.decoding import Generator
 from tptrain.weights import SafetensorsSource
 from tptrain.weights.hf_json import read_json
@@ -132,6 +134,8 @@ def _recipe(source: Path) -> Recipe:
 def _weights(plan: Plan, backend: Backend, source: Path) -> Tensors:
     if not is_step_folder(source):
         return backend.place(SafetensorsSource(str(source), plan.table))
+    if lora_of(read_run(source)) is not None:
+        return backend.place(open_step(source, setting="model").reader)
     return restore_part(plan, backend, source, PARAMS, "model")
 
 

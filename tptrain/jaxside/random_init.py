@@ -1,6 +1,7 @@
 """New weights: what they are, on the host, and as a program that makes them where they are to stay.
 
-A weight matrix is normal(key, size) * initializer_range, with a key for each row of the parameter table.
+A weight matrix is normal(key, size) * initializer_range, with a key for each row of the parameter table; the
+first matrix of an adapter is uniform, as PEFT begins it.
 JAX's generator ("threefry2x32", partitionable) counts positions: a number depends on the key and on its
 position alone. So it is the same however layers are stacked and devices split them, and a device computes
 its own numbers without those of another. In a JAX program they are, but for rounding (see `inverse_erf`),
@@ -48,7 +49,9 @@ _SQRT_HALF_BITS, _MANTISSA_BITS = 0x3F3504F3, 23
 class RandomSource:
     """A TensorSource of new weights: float32, a pure function of (seed, row name, position in the row).
 
-    A matrix is normal with mean 0 and standard deviation `initializer_range`; norms are ones, biases zeros.
+    A matrix is normal with mean 0 and standard deviation `initializer_range`; norms are ones, biases zeros;
+    `kaiming_uniform` is He's (arXiv:1502.01852) with a = sqrt(5): within the root of 1 / (size of the last
+    dim).
     On the host a matrix is made as a whole; the one asked for last is kept for its next slice.
     """
 
@@ -125,11 +128,13 @@ def _padded(words: jax.Array, row: ParamRow, initializer_range: float) -> jax.Ar
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def _values(words: jax.Array, init: Init, size: tuple[int, ...], initializer_range: float) -> jax.Array:
     """words: uint32 [2], of the row's key."""
-    if init != "normal":
+    if init in ("ones", "zeros"):
         return jnp.full(size, 1.0 if init == "ones" else 0.0, jnp.float32)
     key = jax.random.wrap_key_data(words, impl=_GENERATOR)
     above = np.nextafter(np.float32(-1), np.float32(0))
     uniform = jax.random.uniform(key, size, jnp.float32, above, 1)
+    if init == "kaiming_uniform":
+        return uniform * np.float32(1 / np.sqrt(size[-1]))
     return inverse_erf(uniform) * np.float32(np.sqrt(2) * initializer_range)
 
 

@@ -28,6 +28,7 @@ _BATCH_RULES: dict[str, Rule] = {
     "act_embed": None,
     "act_head_dim": None,
     "act_choices": None,
+    "act_rank": None,
     # Rows of a token and one of its experts: each device has those of the experts that it holds.
     "act_expert_rows": ("data", "fsdp", "expert"),
 }
@@ -68,6 +69,7 @@ STYLES = {
             "experts": ("expert",),
             "expert_mlp": None,
             "expert_embed": ("fsdp",),
+            "rank": None,
         },
         acts={
             **_BATCH_RULES,
@@ -93,6 +95,7 @@ STYLES = {
             "experts": ("expert",),
             "expert_mlp": ("tensor",),
             "expert_embed": ("fsdp",),
+            "rank": None,
         },
         acts={
             **_BATCH_RULES,

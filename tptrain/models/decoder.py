@@ -26,6 +26,7 @@ from tptrain.models.attention import (
     write_cache,
 )
 from tptrain.models.experts import ExpertsCore, MixtureOfExperts, every_expert, router_loss
+from tptrain.models.linear import Linear
 from tptrain.models.loss import LossChunks, Projection, mean_loss, token_scores
 from tptrain.models.marks import Marks
 from tptrain.models.norms import RMSNorm
@@ -65,10 +66,10 @@ class Attention(nn.Module):
     def __init__(self, facts: ModelFacts, kind: LayerKind, marks: Marks):
         super().__init__()
         d, n, k, h = facts.hidden_size, facts.num_attention_heads, facts.num_key_value_heads, facts.head_dim
-        self.q_proj = nn.Linear(d, n * h, bias=facts.qkv_bias)
-        self.k_proj = nn.Linear(d, k * h, bias=facts.qkv_bias)
-        self.v_proj = nn.Linear(d, k * h, bias=facts.qkv_bias)
-        self.o_proj = nn.Linear(n * h, d, bias=facts.attention_output_bias)
+        self.q_proj = Linear(d, n * h, facts.qkv_bias, marks)
+        self.k_proj = Linear(d, k * h, facts.qkv_bias, marks)
+        self.v_proj = Linear(d, k * h, facts.qkv_bias, marks)
+        self.o_proj = Linear(n * h, d, facts.attention_output_bias, marks)
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         if facts.qk_norm != "none":
@@ -83,9 +84,9 @@ class Attention(nn.Module):
     ) -> tuple[torch.Tensor, KVCache]:
         """x [B, T, D] -> [B, T, D], and the keys and values it attended to."""
         cos, sin = context.rotations[self.rope]
-        query = rotate(self._normed(self._to_heads(x, self.q_proj), self.q_norm), cos, sin)
-        key = rotate(self._normed(self._to_heads(x, self.k_proj), self.k_norm), cos, sin)
-        value = self._to_heads(x, self.v_proj)
+        query = rotate(self._normed(self.q_proj.to_heads(x, self.head_dim), self.q_norm), cos, sin)
+        key = rotate(self._normed(self.k_proj.to_heads(x, self.head_dim), self.k_norm), cos, sin)
+        value = self.v_proj.to_heads(x, self.head_dim)
         query = self.marks(query, "query", "act_batch", "act_tokens", "act_heads", "act_head_dim")
         key = self.marks(key, "key", "act_batch", "act_tokens", "act_kv_heads", "act_head_dim")
         value = self.marks(value, "value", "act_batch", "act_tokens", "act_kv_heads", "act_head_dim")
@@ -93,7 +94,7 @@ class Attention(nn.Module):
             key = write_cache(cache.key, key, context.positions)
             value = write_cache(cache.value, value, context.positions)
         output = context.attention(query, key, value, self.kind)
-        return self._from_heads(output, self.o_proj), KVCache(key, value)
+        return self.o_proj.from_heads(output), KVCache(key, value)
 
     @staticmethod
     def _normed(heads: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:
@@ -103,19 +104,6 @@ class Attention(nn.Module):
         if norm.weight.shape[0] == heads.shape[-1]:
             return norm(heads)
         return norm(heads.flatten(2)).view_as(heads)
-
-    # Products with heads as a dim of their own: of a flat product the TPU's compiler lays the result out once
-    # more before attention can read it.
-
-    def _to_heads(self, x: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
-        """x [B, T, D] -> [B, T, heads, H]."""
-        heads = torch.einsum("btd,nhd->btnh", x, linear.weight.unflatten(0, (-1, self.head_dim)))
-        return heads if linear.bias is None else heads + linear.bias.unflatten(0, (-1, self.head_dim))
-
-    def _from_heads(self, heads: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
-        """heads [B, T, N, H] -> [B, T, D]."""
-        x = torch.einsum("btnh,dnh->btd", heads, linear.weight.unflatten(1, (-1, self.head_dim)))
-        return x if linear.bias is None else x + linear.bias
 
 
 def _norm(facts: ModelFacts, size: int) -> RMSNorm:
@@ -134,9 +122,9 @@ class MLP(nn.Module):
     def __init__(self, facts: ModelFacts, marks: Marks):
         super().__init__()
         d, f = facts.hidden_size, facts.intermediate_size
-        self.gate_proj = nn.Linear(d, f, bias=facts.mlp_bias)
-        self.up_proj = nn.Linear(d, f, bias=facts.mlp_bias)
-        self.down_proj = nn.Linear(f, d, bias=facts.mlp_bias)
+        self.gate_proj = Linear(d, f, facts.mlp_bias, marks)
+        self.up_proj = Linear(d, f, facts.mlp_bias, marks)
+        self.down_proj = Linear(f, d, facts.mlp_bias, marks)
         self.activation, self.marks = ACTIVATIONS[facts.activation], marks
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from tptrain.config.state_parts import PARAMS
 from tptrain.config.trainable import FROZEN_DTYPE
 from tptrain.estimate import Estimate, estimate
 from tptrain.estimate.text import bytes_text
-from tptrain.family import LayerRun, ParamRow, stored_rows
+from tptrain.family import LayerRun, ParamRow, adapted_modules, stored_rows
 from tptrain.mesh import Spec
 from tptrain.report.estimate_page import estimate_blocks, estimate_json
 from tptrain.report.param_lines import ParamLine, param_lines, row_device_bytes
@@ -161,6 +161,7 @@ def size_sentences(plan: Plan) -> list[str]:
     return [
         f"Vocabulary: {vocab:,}, {padding}.",
         f"Trained: {_trained(plan)} by {recipe.optim.name}.",
+        *_adapters_sentence(plan),
         *_runs_sentence(plan),
         f"State per device: {bytes_text(state)}{share} ({by_part}; without activations and gradients);"
         f" compute in {recipe.precision.compute}, remat {recipe.remat.policy}.",
@@ -177,6 +178,21 @@ def _trained(plan: Plan) -> str:
         f"{trained:,} parameters in {plan.recipe.precision.master} ({100 * trained / total:.3g} %;"
         f" {frozen:,} are frozen in {FROZEN_DTYPE})"
     )
+
+
+def _adapters_sentence(plan: Plan) -> list[str]:
+    """Which projections have adapters, and in how many layers; nothing to say without."""
+    lora, found = plan.recipe.lora, dict[str, int]()
+    for module in adapted_modules(plan.table):
+        leaf = module.rpartition(".")[2]
+        found[leaf] = found.get(leaf, 0) + 1
+    if not found:
+        return []
+    listed = ", ".join(f"{leaf} ({count} layers)" for leaf, count in found.items())
+    return [
+        f"Adapters: LoRA of rank {lora.rank}, alpha {shown(lora.alpha)}, on {listed}; a checkpoint holds them"
+        " alone."
+    ]
 
 
 def _runs_sentence(plan: Plan) -> list[str]:

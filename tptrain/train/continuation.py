@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from tptrain.ckpt.base_model import BaseModel, base_problems
 from tptrain.config.model_config import described
 from tptrain.config.plan import Plan
 from tptrain.config.settings import shown
@@ -28,6 +29,7 @@ class Change(Enum):
     SILENT = "allowed; nothing of the training depends on it"
     DATA = "allowed; whether the cursor stays is told by the digest of the samples"
     FACTS = "judged by the facts of the model"
+    BASE = "allowed below adapters, where it is the same model; refused without them"
 
 
 # Setting, or the section it lies in -> meaning; the first match counts. What is not listed is refused: the
@@ -35,6 +37,7 @@ class Change(Enum):
 # another format are cast to it.
 MEANINGS: tuple[tuple[str, Change], ...] = (
     ("model.config", Change.FACTS),
+    ("model.pretrained", Change.BASE),
     ("data.batch_rows", Change.TOLD),
     ("data.", Change.DATA),
     ("optim.name", Change.REFUSED),
@@ -81,13 +84,19 @@ class Continuation:
     lines: tuple[str, ...]
 
 
-def continuation_problems(plan: Plan, run: Mapping[str, Any]) -> list[Problem]:
-    """What keeps a plan from going on with a saved run. run: the `run` item of the step."""
+def continuation_problems(plan: Plan, run: Mapping[str, Any], base: BaseModel | None = None) -> list[Problem]:
+    """What keeps a plan from going on with a saved run. run: the `run` item of the step.
+
+    base: the model below the plan's adapters, None without adapters.
+    """
+    refused = {Change.REFUSED} if base else {Change.REFUSED, Change.BASE}
     problems = [
         _must_stay(setting, value, saved)
         for setting, (value, saved) in _changes(plan, run).items()
-        if meaning(setting) is Change.REFUSED
+        if meaning(setting) in refused
     ]
+    if base is not None and "base" in run:
+        problems += base_problems(base, run["base"], "model.pretrained")
     ours, theirs = (described(read_config(config)) for config in (plan.hf_config, run["hf_config"]))
     for name in sorted({*ours, *theirs}):
         if ours.get(name) != theirs.get(name):
@@ -106,7 +115,8 @@ def continuation(plan: Plan, run: Mapping[str, Any], data_digest: str) -> Contin
     data_digest: `Batches.digest` of the plan's data.
     """
     changes = _changes(plan, run)
-    told = [_line(s, *values) for s, values in changes.items() if meaning(s) is Change.TOLD]
+    allowed = (Change.TOLD, Change.BASE)
+    told = [_line(s, *values) for s, values in changes.items() if meaning(s) in allowed]
     if plan.mesh.axis_sizes != run["mesh"]:
         told.append(f"mesh: {_mesh_text(run['mesh'])} -> {_mesh_text(plan.mesh.axis_sizes)}")
     of_data = [_line(s, *values) for s, values in changes.items() if meaning(s) is Change.DATA]

@@ -63,7 +63,7 @@ def export_problems(plan: Plan) -> list[Problem]:
     """Why the export at the end of the run could not be written."""
     if plan.export_dir is None:
         return []
-    needed = export_bytes(plan.table, plan.recipe.export.dtype)
+    needed = export_bytes(plan.exported, plan.recipe.export.dtype)
     return check_export_target(Path(plan.export_dir), "export.path", needed)
 
 
@@ -106,7 +106,7 @@ def _resume_problems(plan: Plan, folder: RunFolder) -> list[Problem]:
 def _room_problems(plan: Plan, folder: RunFolder) -> list[Problem]:
     """Too little room for the checkpoints that are kept, and the one that is written beside them."""
     kept = most_kept(plan)
-    rows = [row for part in plan.parts.values() for row in part.rows]
+    rows = [row for part in plan.parts.values() for row in part.rows if row.saved]
     one = sum(row.num_elements * DTYPE_BYTES[row.storage_dtype] for row in rows)
     missing = kept + 1 - min(len(folder.steps(plan.recipe.unverified)), kept)
     free = shutil.disk_usage(nearest_existing(folder.root / "inside")).free

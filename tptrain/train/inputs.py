@@ -11,6 +11,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from tptrain.backends.base import TensorSource
+from tptrain.ckpt.base_model import BaseModel, base_model
 from tptrain.ckpt.steps import is_step_folder
 from tptrain.config.plan import Plan
 from tptrain.data.batches import Batches
@@ -21,6 +22,7 @@ from tptrain.data.split import split_records
 from tptrain.data.token_cache import tokenized
 from tptrain.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
 from tptrain.errors import ProblemsError, raise_if_any
+from tptrain.family.lora import model_rows
 from tptrain.jaxside.random_init import RandomSource
 from tptrain.train.folder import RunFolder, resumes
 from tptrain.weights import (
@@ -38,6 +40,7 @@ class Prepared:
 
     stop_ids:         what ends an answer, in the records that are trained on.
     data_digest:      `Batches.digest`: what a run that goes on compares.
+    base:             the model below the adapters, which it compares as well; None without adapters.
     held_out:         rows for the held-out loss, None where it is not measured.
     held_out_records: the records that data.validation sets apart, None without it.
     """
@@ -46,6 +49,7 @@ class Prepared:
     batches: Batches
     stop_ids: tuple[int, ...]
     data_digest: str
+    base: BaseModel | None = None
     held_out: TokenizedDataset | None = None
     held_out_records: Records | None = None
 
@@ -63,7 +67,8 @@ def prepare(plan: Plan, folder: RunFolder, console: Console) -> Prepared:
     console.print(f"Data: {counts}.")
     batches = Batches.of_run(dataset, data, recipe.optim.accumulation, recipe.schedule)
     held_out = _held_out(plan, tokenizer, validation, console)
-    return Prepared(tokenizer, batches, dataset.stop_ids, batches.digest(), held_out, validation)
+    digest, base = batches.digest(), base_model(plan)
+    return Prepared(tokenizer, batches, dataset.stop_ids, digest, base, held_out, validation)
 
 
 def _held_out(
@@ -109,12 +114,15 @@ def _tokenizer(plan: Plan, folder: RunFolder, records: Records) -> PreTrainedTok
 
 
 def weight_source(plan: Plan) -> TensorSource | Path:
-    """Where the first weights come from: a step folder, safetensors files, or a random generator."""
+    """Where the weights of the model come from: a step folder, safetensors files, or a random generator.
+
+    Adapters are not among them: those of a new run are random, those of one that goes on in its checkpoint.
+    """
     pretrained = plan.recipe.model.pretrained
     if pretrained is None:
         return RandomSource(plan.recipe.seed, plan.facts.initializer_range)
     path = Path(pretrained).expanduser()
-    return path if is_step_folder(path) else SafetensorsSource(pretrained, plan.table)
+    return path if is_step_folder(path) else SafetensorsSource(pretrained, model_rows(plan.table))
 
 
 def write_assets(

@@ -21,7 +21,7 @@ from tptrain.config.schema import Recipe
 from tptrain.errors import Problem, TptrainError, raise_if_any
 from tptrain.eval.exact_match import ExactMatch
 from tptrain.eval.held_out import HeldOut
-from tptrain.export import export_step
+from tptrain.export import LoraForm, export_step
 from tptrain.train.after_step import AfterStep
 from tptrain.train.best_so_far import EVALUATION, BestSoFar
 from tptrain.train.exporting import by_hand, check_required, chosen_step
@@ -120,13 +120,14 @@ def _train(run: _Run) -> RunResult:
     raise_if_any(export_problems(plan) if goes_on else length_problems(plan, prepared, NEW_RUN))
     backend = make_backend(plan)
     scoring = _scoring(run, backend, prepared)
-    source = None if goes_on else weight_source(plan)
-    if source is not None:
+    source = None if goes_on and prepared.base is None else weight_source(plan)
+    if not goes_on:
         _begin_folder(run, prepared)
     with closing(_checkpointer(run, backend)) as checkpointer:
-        if source is None:
-            start = resumed_start(plan, backend, checkpointer, prepared, run.journal, folder, run.say)
+        if goes_on:
+            start = resumed_start(plan, backend, checkpointer, prepared, run.journal, folder, run.say, source)
         else:
+            assert source is not None, "a new run has weights from somewhere"
             start = fresh_start(plan, backend, prepared, source)
         run.preemption.start_from(start.progress.step)
         run.journal.event("end", "start", start.progress.step)
@@ -209,7 +210,7 @@ def _loop(
     def live() -> dict[str, Any]:
         return {EVALUATION: best.saved(), GUARDS: guards.saved()}
 
-    saver = Saver(checkpointer, run_item(plan, prepared.data_digest), run.say, live)
+    saver = Saver(checkpointer, run_item(plan, prepared.data_digest, prepared.base), run.say, live)
     every = plan.recipe.eval.every_steps
     after_step = AfterStep(total, save_policy(plan), saver, scoring, every, run.preemption, best)
     with _watchers(run, total, start.progress.step) as watchers:
@@ -260,9 +261,11 @@ def _export(run: _Run, last: int, scores: Scores | None, best: BestSoFar) -> Pat
     folder = run.folder.step(chosen.step)
     if chosen.step != last:
         run.say(f"Exporting step {chosen.step}, the best one by {plan.best_metric}.")
+    form = LoraForm(section.lora) if plan.recipe.lora.rank else LoraForm()
     try:
         with run.journal.phase("export", chosen.step):
-            return export_step(folder, Path(plan.export_dir), None, section.dtype, section.max_shard_gb)
+            out = Path(plan.export_dir)
+            return export_step(folder, out, None, section.dtype, section.max_shard_gb, lora_form=form)
     except TptrainError:
         run.say(f"The run is saved; export it with: {by_hand(folder)}")
         raise

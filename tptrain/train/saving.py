@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 from tptrain.backends.base import Tensors
+from tptrain.ckpt.base_model import BaseModel
 from tptrain.ckpt.checkpointer import Checkpointer, SaveError
 from tptrain.ckpt.policies import (
     AnyOf,
@@ -51,12 +52,16 @@ def keep_policies(plan: Plan) -> list[KeepPolicy]:
     return policies
 
 
-def run_item(plan: Plan, data_digest: str) -> dict[str, Any]:
+def run_item(plan: Plan, data_digest: str, base: BaseModel | None = None) -> dict[str, Any]:
     """The part of the `run` item that all steps of a run share.
 
     Each step adds its number, its cursor, the evaluation so far and what the guards have seen.
+
+    base: the model below the plan's adapters, None without adapters.
     """
+    below = {"base": base.as_json()} if base else {}
     return {
+        **below,
         "seeds": {"init": plan.recipe.seed, "data": plan.recipe.data.seed},
         "data_digest": data_digest,
         "recipe": plan_json(plan)["recipe"],

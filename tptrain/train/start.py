@@ -16,6 +16,7 @@ from tptrain.config.plan import Plan
 from tptrain.config.state_parts import PARAMS
 from tptrain.data.batches import RunLength, run_length
 from tptrain.errors import Problem, raise_if_any
+from tptrain.jaxside.random_init import RandomSource
 from tptrain.train.best_so_far import BestSoFar
 from tptrain.train.continuation import Continuation, continuation, continuation_problems
 from tptrain.train.exporting import before_problems
@@ -24,7 +25,7 @@ from tptrain.train.guards import GUARDS, Guards
 from tptrain.train.inputs import Prepared
 from tptrain.train.journal import Journal
 from tptrain.train.loop import Progress
-from tptrain.train.state import begun_state, fresh_state, join_parts, not_halted
+from tptrain.train.state import begun_state, fresh_state, join_parts, joined_weights, not_halted
 
 NEW_RUN = Continuation(step=0, cursor=0, lines=())
 
@@ -52,13 +53,24 @@ class Start:
 
 def fresh_start(plan: Plan, backend: Backend, prepared: Prepared, source: TensorSource | Path) -> Start:
     """Step 0, with weights from `source`: a step of another run, files, or a random generator."""
-    if isinstance(source, Path):
-        params = restore_part(plan, backend, source, PARAMS, "model.pretrained", plan.recipe.unverified)
-        state = begun_state(backend, params)
-    else:
+    if isinstance(source, RandomSource):
         state = fresh_state(backend, source)
+    else:
+        adapters = RandomSource(plan.recipe.seed, plan.facts.initializer_range)
+        placed = backend.place(adapters, PARAMS, lambda buffer: buffer.is_adapter)
+        state = begun_state(backend, joined_weights(backend, model_weights(plan, backend, source), placed))
     length = length_from(plan, prepared, NEW_RUN)
     return Start(state, Progress(0, 0), length, (), BestSoFar(plan), Guards(plan))
+
+
+def model_weights(plan: Plan, backend: Backend, source: TensorSource | Path) -> Tensors:
+    """The weights of the model from `source`, as for `fresh_start`, on the devices; without adapters."""
+    if isinstance(source, Path):
+        return restore_part(plan, backend, source, PARAMS, "model.pretrained", plan.recipe.unverified)
+    if not isinstance(source, RandomSource):
+        return backend.place(source, PARAMS, lambda buffer: not buffer.is_adapter)
+    made = backend.create((PARAMS,), source)[PARAMS]
+    return {name: tensor for name, tensor in made.items() if not backend.layout.buffers[name].is_adapter}
 
 
 def resumed_start(
@@ -69,14 +81,16 @@ def resumed_start(
     journal: Journal,
     folder: RunFolder,
     say: Callable[[str], None],
+    source: TensorSource | Path | None,
 ) -> Start:
     """The step that the recipe names, or the newest good one. Newer ones are set aside.
 
+    source: of the weights that the step does not hold, those below adapters; None where it holds all.
     The journal is opened when it is clear that the run may go on, and cut when it is clear from where.
     """
 
     def accept(run: Mapping[str, Any]) -> None:
-        raise_if_any(continuation_problems(plan, run))
+        raise_if_any(continuation_problems(plan, run, prepared.base))
         going_on = continuation(plan, run, prepared.data_digest)
         raise_if_any(length_problems(plan, prepared, going_on))
         raise_if_any(before_problems(plan, BestSoFar(plan, run).before))
@@ -89,7 +103,11 @@ def resumed_start(
     journal.event("end", "restore", going_on.step)
     _set_newer_aside(plan, folder, going_on.step, say)
     journal.cut(going_on.step)
-    state = join_parts(restored.parts, not_halted(backend))
+    saved = restored.parts
+    if source is not None:
+        base = model_weights(plan, backend, source)
+        saved = {**saved, PARAMS: joined_weights(backend, base, saved[PARAMS])}
+    state = join_parts(saved, not_halted(backend))
     progress = Progress(going_on.step, going_on.cursor)
     length, run = length_from(plan, prepared, going_on), restored.run
     best, guards = BestSoFar(plan, run), Guards(plan, run.get(GUARDS))
@@ -109,7 +127,7 @@ def finished_step(plan: Plan, folder: RunFolder, prepared: Prepared) -> int | No
     try:
         run = read_run(folder.step(steps[-1]))
         going_on = continuation(plan, run, prepared.data_digest)
-        refused = continuation_problems(plan, run)
+        refused = continuation_problems(plan, run, prepared.base)
     except (OSError, ValueError, KeyError):  # a damaged step, of which restoring it will tell
         return None
     total = length_from(plan, prepared, going_on).total_steps

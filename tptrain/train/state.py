@@ -43,6 +43,12 @@ def split_frozen(state: Tensors, layout: Layout) -> tuple[Tensors, Tensors]:
     return moving, {name: tensor for name, tensor in state.items() if name in frozen}
 
 
+def joined_weights(backend: Backend, base: Tensors, adapters: Tensors) -> Tensors:
+    """All weights in the order of their buffers, from those of the model and those of its adapters."""
+    both = {**base, **adapters}
+    return {name: both[name] for name in backend.layout.buffers}
+
+
 def fresh_state(backend: Backend, source: TensorSource) -> Tensors:
     """Weights read from `source`, or made by the devices where they are new; everything else zero."""
     if isinstance(source, RandomSource):

@@ -85,7 +85,8 @@ def print_summary(
         console.print(f"Skipped:    {guards.skipped.total()} steps ({reasons})")
     console.print(f"Checkpoint: {checkpoint}", soft_wrap=True)
     if exported is not None:
-        console.print(f"Exported:   {exported}  (a Hugging Face model folder)", soft_wrap=True)
+        what = "a PEFT adapter" if plan.exports_adapter else "a Hugging Face model folder"
+        console.print(f"Exported:   {exported}  ({what})", soft_wrap=True)
     question = answers.answers[0].problem.question if answers is not None else "your question"
     console.print(f"Next:       tptrain generate {output_dir} {shlex.quote(question)}", soft_wrap=True)
 

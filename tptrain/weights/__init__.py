@@ -7,6 +7,7 @@ from tptrain.hf_files import (
     local_folder,
     require_tokenizer,
 )
+from tptrain.weights.adapter_folder import export_adapter_folder
 from tptrain.weights.assets import collect_assets
 from tptrain.weights.hf_folder import check_export_target, export_bytes, export_folder
 from tptrain.weights.hf_json import complete_config
@@ -23,6 +24,7 @@ __all__ = [
     "check_export_target",
     "collect_assets",
     "complete_config",
+    "export_adapter_folder",
     "export_bytes",
     "export_folder",
     "local_folder",

@@ -113,13 +113,34 @@ def export_folder(
     exists (without `overwrite`), cannot be written or lacks room, if `assets` has no tokenizer, or if a value
     does not fit into `dtype`; whatever `read_blocks` raises passes through.
     """
-    out = Path(out).expanduser()
     if assets is not None:
         require_tokenizer(assets, "assets")
     json_files = _json_files(hf_config, assets, dtype)
     shards = plan_shards(table, dtype, max_shard_bytes)
     if len(shards) > 1:
         json_files[INDEX_FILE] = _index(shards, dtype)
+    return write_folder(
+        out, shards, json_files, read_blocks, assets, dtype, setting, overwrite, progress, dtype_setting
+    )
+
+
+def write_folder(
+    out: str | Path,
+    shards: Sequence[Shard],
+    json_files: Mapping[str, dict[str, Any]],
+    read_blocks: ReadBlocks,
+    assets: Path | None,
+    dtype: str,
+    setting: str,
+    overwrite: bool,
+    progress: Callable[[int], None] | None,
+    dtype_setting: str,
+) -> Path:
+    """Write and publish a folder of these files and the tokenizer in `assets`, as `export_folder` says."""
+    out = Path(out).expanduser()
+    if assets is not None:
+        require_tokenizer(assets, "assets")
+    rows = [row for shard in shards for row in shard.rows]
     digests: dict[str, str] = {}
 
     def verify(folder: Path) -> None:
@@ -128,7 +149,7 @@ def export_folder(
             rule, fix = "must read back as it was written", "another disk"
             raise refuse(setting, out, rule, f"different: {', '.join(different)}", fix)
 
-    with staged_folder(out, setting, export_bytes(table, dtype, assets), overwrite, verify) as folder:
+    with staged_folder(out, setting, export_bytes(rows, dtype, assets), overwrite, verify) as folder:
         with writing(out, setting):
             for name, content in json_files.items():
                 write_json(folder / name, content)

@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from tptrain.errors import Problem, raise_if_any, refuse
-from tptrain.hf_files import CONFIG_FILE
+from tptrain.hf_files import ADAPTER_CONFIG_FILE, CONFIG_FILE
 from tptrain.weights.leftovers import partial_folder, recover, set_aside, swap
 
 _OTHER_PATH = "another path, or remove it first"
@@ -53,7 +53,8 @@ def _not_replaceable(path: Path, setting: str) -> list[Problem]:
     if path.is_symlink() or not path.is_dir():
         other = "it is a link" if path.is_symlink() else "it is a file"
         return [Problem(setting, path, "must be a folder to be replaced", other, _OTHER_PATH)]
-    if not (path / CONFIG_FILE).exists() and any(path.iterdir()):
+    is_ours = any((path / name).exists() for name in (CONFIG_FILE, ADAPTER_CONFIG_FILE))
+    if not is_ours and any(path.iterdir()):
         other = f"it holds other files and no {CONFIG_FILE}"
         return [Problem(setting, path, "must be a model folder to be replaced", other, _OTHER_PATH)]
     return []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing
 from typing import Any
 
@@ -19,6 +19,7 @@ from tptrain.backends.base import (
     StepFunction,
     Tensors,
     TensorSource,
+    every_buffer,
     meta_decoder,
 )
 from tptrain.backends.shards import read_buffer_shards
@@ -74,13 +75,21 @@ class XlaBackend:
         )
         return decoder
 
-    def place(self, source: TensorSource, part: str = PARAMS) -> Tensors:
-        with closing(read_ahead(self._pieces(source, part), 1)) as ahead:
+    def place(
+        self,
+        source: TensorSource,
+        part: str = PARAMS,
+        wanted: Callable[[Buffer], bool] = every_buffer,
+    ) -> Tensors:
+        buffers = filter(wanted, self.layouts[part].buffers.values())
+        with closing(read_ahead(self._pieces(source, buffers), 1)) as ahead:
             return {b.name: self.mesh.place(shards, b.shape, b.spec) for b, shards in ahead}
 
-    def _pieces(self, source: TensorSource, part: str) -> Generator[tuple[Buffer, dict[int, torch.Tensor]]]:
+    def _pieces(
+        self, source: TensorSource, buffers: Iterable[Buffer]
+    ) -> Generator[tuple[Buffer, dict[int, torch.Tensor]]]:
         """Each buffer with the pieces of this process's devices, on the host."""
-        for buffer in self.layouts[part].buffers.values():
+        for buffer in buffers:
             slices = shard_slices(buffer.rows[0].padded_size, buffer.row_spec, self.mesh.axis_sizes)
             mine = {position: slices[position] for position in self.local_positions}
             yield buffer, read_buffer_shards(buffer, mine, source)

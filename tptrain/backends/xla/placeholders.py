@@ -8,7 +8,7 @@ may write over) is added to the module afterwards.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,14 @@ import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
 from torch_xla.core import xla_builder
 
-from tptrain.backends.base import StepFunction, Tensors, TensorSource, TracedStep
+from tptrain.backends.base import (
+    Buffer,
+    StepFunction,
+    Tensors,
+    TensorSource,
+    TracedStep,
+    every_buffer,
+)
 from tptrain.backends.xla.backend import XlaBackend
 from tptrain.backends.xla.capture import trace
 from tptrain.backends.xla.hlo_proto import (
@@ -59,8 +66,13 @@ class PlaceholderBackend(XlaBackend):
         super().__init__(plan, tuple(range(plan.num_devices)))
         self._spec_of: dict[int, Spec] = {}
 
-    def place(self, source: TensorSource, part: str = PARAMS) -> Tensors:
-        buffers = self.layouts[part].buffers.values()
+    def place(
+        self,
+        source: TensorSource,
+        part: str = PARAMS,
+        wanted: Callable[[Buffer], bool] = every_buffer,
+    ) -> Tensors:
+        buffers = filter(wanted, self.layouts[part].buffers.values())
         return {b.name: self._placeholder(b.shape, b.spec, b.dtype) for b in buffers}
 
     def create(self, parts: Iterable[str], source: RandomSource | None = None) -> dict[str, Tensors]:
