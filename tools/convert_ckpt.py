@@ -30,7 +30,7 @@ from tptrain.errors import Problem, TptrainError, raise_if_any, unknown_name
 from tptrain.family.table import DTYPE_BYTES
 
 _OK, _DIFFERENT, _REFUSED = 0, 1, 2
-_FROM_STEP = "of a run: latest (the default), best (by held-out score) or the number of a step"
+_FROM_STEP = "of a run: latest (the default), best (by the run's save.best_metric) or the number of a step"
 _UNVERIFIED = "take also a step without a digest manifest"
 
 

@@ -17,7 +17,9 @@ from tptrain.config import (
     DataSection,
     EvalSection,
     ExportSection,
+    GuardsSection,
     LogSection,
+    LoraSection,
     SaveSection,
     ScheduleSection,
 )
@@ -120,7 +122,26 @@ def test_the_held_out_loss_is_transformers_loss_of_the_export(run, recipe, recor
     }
     assert f"Held out: {len(rows)} records: {len(rows)} kept" in out
     assert f"Held-out loss after training: {loss:.4f}" in out
-    assert "held out loss" in out and "before training" in out
+    assert "held-out loss" in out and "before training" in out
+
+
+def test_of_adapters_it_is_that_of_the_merged_export(run, records, folder):
+    """Also after a restart, which reads the model's weights and the adapters from where they lie."""
+    some = {
+        "lora": LoraSection(rank=4),
+        "eval": held_out(records),
+        "guards": GuardsSection(non_finite="skip", spike_factor=9, window=3),
+    }
+    run(**some)
+    shutil.rmtree(folder / "checkpoints" / "4")
+    result, _ = run(resume="auto", export=ExportSection(dtype="float32"), **some)
+    tokenizer = AutoTokenizer.from_pretrained(result.export_dir)
+    data = DataSection(path=str(records), preset="gsm8k", seq_len=112)
+    rows, _ = tokenize_records(open_records(str(records), None, "train", 21), tokenizer, data)
+    loss, accuracy = transformers_scores(result.export_dir, rows)
+    assert result.after.metrics["held_out_loss"] == pytest.approx(loss, rel=1e-5)
+    assert result.after.metrics["token_accuracy"] == pytest.approx(accuracy, abs=1e-12)
+    assert result.before.metrics["held_out_loss"] > 1.0001 * loss
 
 
 def test_records_set_apart_are_not_trained_on_and_may_be_asked(run, recipe, records, folder):

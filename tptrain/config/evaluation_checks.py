@@ -108,7 +108,7 @@ def _export_step_problems(recipe: Recipe) -> list[Problem]:
 
 def _requirement_problems(recipe: Recipe) -> list[Problem]:
     problems, measured = [], measured_metrics(recipe)
-    for text in recipe.export.require:
+    for text in recipe.export.require or ():
         found = parse_requirement(text)
         if found is None:
             rule = "must be a metric, one of >=, <=, > and <, and a number or before"

@@ -87,6 +87,6 @@ def parse_requirement(text: str) -> Requirement | None:
 
 def requirements(recipe: Recipe) -> tuple[Requirement, ...]:
     """Those of a recipe that has passed its checks."""
-    parsed = [parse_requirement(text) for text in recipe.export.require]
+    parsed = [parse_requirement(text) for text in recipe.export.require or ()]
     assert all(parsed), "a plan has none of another form"
     return tuple(requirement for requirement in parsed if requirement is not None)

@@ -289,9 +289,9 @@ class ExportSection:
     step: Literal["last", "best"] = "last"
     """Which checkpoint is exported: the last one, or the best one by save.best_metric, which save.keep_best
     has to keep."""
-    require: tuple[str, ...] = ()
+    require: tuple[str, ...] | None = None
     """What the scores of the exported step must be, or nothing is exported and the exit code is 2: such as
-    exact_match>=0.3, or held_out_loss<=before for the score before training."""
+    exact_match>=0.3, or held_out_loss<=before for the score before training; none: anything."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)

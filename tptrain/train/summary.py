@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tptrain.config.metrics import EXACT_MATCH, HELD_OUT_LOSS
+from tptrain.config.metrics import EXACT_MATCH, HELD_OUT_LOSS, TOKEN_ACCURACY
 from tptrain.config.plan import Plan
 from tptrain.estimate import estimate
 from tptrain.eval.exact_match import Score
@@ -19,6 +19,11 @@ from tptrain.train.scoring import Scores
 from tptrain.train.start import Start
 
 _SHOWN_ANSWERS = 3
+_METRIC_TEXTS = {
+    EXACT_MATCH: "exact match",
+    HELD_OUT_LOSS: "held-out loss",
+    TOKEN_ACCURACY: "token accuracy",
+}
 
 
 def print_start(console: Console, plan: Plan, start: Start, watches_sigterm: bool) -> None:
@@ -94,7 +99,7 @@ def _score_table(before: Scores | None, after: Scores) -> Table:
     for title, _ in columns:
         table.add_column(title, justify="right")
     for metric in after.metrics:
-        table.add_row(metric.replace("_", " "), *(_score_text(metric, scores) for _, scores in columns))
+        table.add_row(_METRIC_TEXTS[metric], *(_score_text(metric, scores) for _, scores in columns))
     return table
 
 
