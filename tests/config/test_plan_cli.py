@@ -211,7 +211,7 @@ def test_wrong_command_and_wrong_recipe(
 ) -> None:
     monkeypatch.chdir(ROOT)
     assert "use tptrain train (did you mean it?)" in _refusal(capsys, "trian", TINY)
-    assert "commands: plan, dryrun, search, train, generate" in _refusal(capsys, "xyz")
+    assert "commands: plan, dryrun, search, data, train, generate" in _refusal(capsys, "xyz")
     assert "use recipes/tiny_gsm8k.py (did you mean it?)" in _refusal(capsys, "plan", "tiny_gsm8")
     assert "recipe=none: is required" in _refusal(capsys, "plan", "mesh.tensor=2")
 
