@@ -7,6 +7,13 @@ from bad_input_form import BadInput
 # Overrides as such: names, forms, types, bounds.
 OVERRIDES = [
     BadInput(
+        "completion of a conversation",
+        "data.loss_on", "completion", "needs records of a prompt and a completion", "data.preset=chat",
+        "last_turn",
+        ("data.preset=chat", "data.loss_on=completion"),
+        mended=("data.preset=chat", "data.loss_on=last_turn"),
+    ),
+    BadInput(
         "unknown setting",
         "mesh.tensr", "2", "not a known setting", "settings of mesh: data, fsdp,",
         "mesh.tensor (did you mean",

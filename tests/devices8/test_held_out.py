@@ -10,7 +10,7 @@ from tests import small
 from tests.held_out_rows import likely_dataset
 from tptrain.backends.torch_backend import TorchBackend
 from tptrain.backends.xla.backend import XlaBackend
-from tptrain.eval.held_out import HeldOut, HeldOutScore
+from tptrain.eval.held_out import HeldOut, HeldOutScore, RowScorer
 
 PERMUTED = (6, 2, 7, 3, 4, 0, 5, 1)
 
@@ -20,7 +20,7 @@ def unsharded() -> HeldOutScore:
     plan = small.torch_plan(format="float64")
     backend = TorchBackend(plan)
     params = backend.place(small.DictSource(small.weights_of(small.reference())))
-    return HeldOut(plan, backend, likely_dataset())(params)
+    return HeldOut(plan, RowScorer(plan, backend), likely_dataset())(params)
 
 
 @pytest.mark.parametrize(("fsdp", "tensor", "data", "chunk"), [(4, 2, 1, 8), (2, 2, 2, 0), (8, 1, 1, 16)])
@@ -29,7 +29,7 @@ def test_sharded_equals_unsharded(fsdp: int, tensor: int, data: int, chunk: int)
     plan = small.small_plan(fsdp, tensor, data, chunk_tokens=chunk, remat="full")
     backend = XlaBackend(plan, PERMUTED if data == 1 else tuple(range(8)))
     params = backend.place(small.DictSource(small.weights_of(small.reference())))
-    held_out = HeldOut(plan, backend, likely_dataset())
+    held_out = HeldOut(plan, RowScorer(plan, backend), likely_dataset())
     before = backend.compile_count()
     ours = held_out(params)
     assert backend.compile_count() == before + 1

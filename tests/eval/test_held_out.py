@@ -28,7 +28,7 @@ def with_rows(plan: Plan, rows: int) -> Plan:
 def score(plan: Plan) -> HeldOutScore:
     backend = TorchBackend(plan)
     params = backend.place(small.DictSource(small.weights_of(small.reference())))
-    return HeldOut(plan, backend, dataset())(params)
+    return HeldOut(plan, RowScorer(plan, backend), dataset())(params)
 
 
 @cache
@@ -61,7 +61,9 @@ def test_accuracy_counts_the_targets_that_are_likeliest() -> None:
     """A random model has an accuracy near 0, so this one is given its own choices, at every other place."""
     plan, weights = with_rows(small.torch_plan(), 5), small.weights_of(small.reference())
     backend = TorchBackend(plan)
-    found = HeldOut(plan, backend, likely_dataset())(backend.place(small.DictSource(weights)))
+    found = HeldOut(plan, RowScorer(plan, backend), likely_dataset())(
+        backend.place(small.DictSource(weights))
+    )
     expected = sum(length // 2 for length in LENGTHS)
     hits = round(found.token_accuracy * found.counted_tokens)
     assert found.counted_tokens == sum(LENGTHS) - len(LENGTHS)

@@ -23,6 +23,7 @@ SMALLEST_TRAINED_VOCAB = 259
 _SLOWEST_BFLOAT16_DECAY = 0.996
 
 _RESUME_WORDS = ("never", "auto")
+_CONVERSATIONS = ("chat", "sharegpt")
 _FILE_SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
 
 
@@ -32,6 +33,7 @@ def recipe_problems(recipe: Recipe) -> list[Problem]:
         *_name_problems(recipe),
         *_tokenizer_problems(recipe),
         *_data_problems(recipe),
+        *_loss_on_problems(recipe),
         *_schedule_problems(recipe),
         *_precision_problems(recipe),
         *_remat_problems(recipe),
@@ -86,6 +88,15 @@ def _tokenizer_problems(recipe: Recipe) -> list[Problem]:
         other = f"model.pretrained={model.pretrained}"
         return [Problem("model.tokenizer", "train", rule, other, "pretrained, or model.pretrained=none")]
     return []
+
+
+def _loss_on_problems(recipe: Recipe) -> list[Problem]:
+    """Which of a conversation's turns complete it, the word does not say."""
+    data = recipe.data
+    if data.loss_on != "completion" or data.preset not in _CONVERSATIONS:
+        return []
+    rule, fix = "needs records of a prompt and a completion", "assistant (every turn) or last_turn"
+    return [Problem("data.loss_on", "completion", rule, f"data.preset={data.preset}", fix)]
 
 
 def _data_problems(recipe: Recipe) -> list[Problem]:
@@ -223,7 +234,22 @@ def _idle_settings(recipe: Recipe, topology: Topology) -> list[tuple[bool, str, 
             ("guards.max_in_a_row", "guards.max_skipped"),
         ),
         (_is_one_file(data.path), f"data.path={data.path}", ("data.subset", "data.split")),
-        (data.preset == "chat", "data.preset=chat", ("data.completion_column",)),
+        (
+            data.preset in _CONVERSATIONS,
+            f"data.preset={data.preset}",
+            ("data.completion_column", "data.as_chat"),
+        ),
+        (
+            data.preset not in _CONVERSATIONS,
+            f"data.preset={data.preset}",
+            ("data.tools_column",),
+        ),
+        (
+            data.preset not in _CONVERSATIONS and not data.as_chat,
+            "records that no chat template writes",
+            ("data.system_prompt",),
+        ),
+        (data.packing == "none", "data.packing=none", ("data.check_packing",)),
         (constant, "schedule.kind=constant", ("schedule.final_ratio",)),
         (optim.name == "adamw", "optim.name=adamw", of_adafactor),
         (optim.name == "adafactor", "optim.name=adafactor", ("optim.beta1", "optim.beta2", "optim.eps")),

@@ -73,6 +73,9 @@ class DataSection:
     packing: Literal["none", "best_fit"] = "none"
     """none: a record has a row of its own; best_fit: records share rows, in which none sees another, so that
     little is padded."""
+    check_packing: bool = True
+    """Before training on shared rows, see on the devices that a record's loss does not change with its
+    neighbour's tokens; it takes the program of the held-out loss."""
     batch_rows: int = Field(default=16, ge=1)
     """Rows per optimizer step over all devices, before accumulation splits them."""
     too_long: Literal["drop", "truncate"] = "drop"

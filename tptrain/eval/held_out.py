@@ -112,7 +112,7 @@ class HeldOutScore:
 class HeldOut:
     """Scores the same rows whenever it is called; compiled at the first call."""
 
-    def __init__(self, plan: Plan, backend: Backend, dataset: TokenizedDataset):
+    def __init__(self, plan: Plan, scorer: RowScorer, dataset: TokenizedDataset):
         """dataset: held-out rows of at most data.seq_len tokens, of which one counts at least.
 
         They are batched as those of one epoch of training, and share rows where training packs; but in
@@ -120,7 +120,7 @@ class HeldOut:
         """
         section = replace(plan.recipe.data, batch_rows=plan.micro_rows)
         self._batches = Batches.of_run(dataset, section, 1, ScheduleSection(epochs=1))
-        self._scorer = RowScorer(plan, backend)
+        self._scorer = scorer
 
     def __call__(self, params: Tensors) -> HeldOutScore:
         """params: weights by buffer name, left as they are."""

@@ -18,9 +18,11 @@ from tptrain.config.checkpoint_config import config_is_on_the_hub_only
 from tptrain.config.plan import Plan
 from tptrain.config.planning import plan_recipe
 from tptrain.config.schema import Recipe
+from tptrain.config.state_parts import PARAMS
 from tptrain.errors import Problem, TptrainError, raise_if_any
 from tptrain.eval.exact_match import ExactMatch
-from tptrain.eval.held_out import HeldOut
+from tptrain.eval.held_out import HeldOut, RowScorer
+from tptrain.eval.isolation import isolation, leak_refusal
 from tptrain.export import LoraForm, export_step
 from tptrain.train.after_step import AfterStep
 from tptrain.train.best_so_far import EVALUATION, BestSoFar
@@ -35,6 +37,7 @@ from tptrain.train.preemption import Preemption
 from tptrain.train.saving import Saver, keep_policies, run_item, save_policy
 from tptrain.train.scoring import Scores, Scoring
 from tptrain.train.start import NEW_RUN, Start, finished_step, fresh_start, length_problems, resumed_start
+from tptrain.train.state import part_of
 from tptrain.train.summary import print_start, print_summary
 from tptrain.weights import CONFIG_FILES, local_folder
 
@@ -119,7 +122,8 @@ def _train(run: _Run) -> RunResult:
         return RunResult(folder.root, folder.step(finished), Path(plan.export_dir), None, None)
     raise_if_any(export_problems(plan) if goes_on else length_problems(plan, prepared, NEW_RUN))
     backend = make_backend(plan)
-    scoring = _scoring(run, backend, prepared)
+    scorer = RowScorer(plan, backend)
+    scoring = _scoring(run, backend, prepared, scorer)
     source = None if goes_on and prepared.base is None else weight_source(plan)
     if not goes_on:
         _begin_folder(run, prepared)
@@ -132,6 +136,7 @@ def _train(run: _Run) -> RunResult:
         run.preemption.start_from(start.progress.step)
         run.journal.event("end", "start", start.progress.step)
         print_start(run.console, plan, start, run.preemption.watching)
+        _check_packing(run, scorer, prepared, start)
         before = _score_before(scoring, start)
         trained = _loop(run, backend, checkpointer, prepared, scoring, start)
     run.preemption.saved()
@@ -157,14 +162,28 @@ def _score_before(scoring: Scoring | None, start: Start) -> Scores | None:
     return scores
 
 
-def _scoring(run: _Run, backend: Backend, prepared: Prepared) -> Scoring | None:
+def _check_packing(run: _Run, scorer: RowScorer, prepared: Prepared, start: Start) -> None:
+    """Raise where records that share a row see each other on these devices, with these kernels."""
+    plan = run.plan
+    if plan.recipe.data.packing == "none" or not plan.recipe.data.check_packing:
+        return
+    batch = prepared.batches.batch_at(start.progress.cursor)
+    found = isolation(scorer, part_of(start.state, PARAMS), batch, plan.facts.vocab_size)
+    if found is None:
+        return
+    if found.leak(plan.facts.experts is not None):
+        raise leak_refusal(plan, found)
+    run.say(f"Packing: records do not see each other (checked in {found.rows} rows that hold several).")
+
+
+def _scoring(run: _Run, backend: Backend, prepared: Prepared, scorer: RowScorer) -> Scoring | None:
     plan, exact, held_out = run.plan, None, None
     if plan.recipe.eval.problems:
         exact = ExactMatch(plan, backend, prepared.tokenizer, prepared.stop_ids, prepared.held_out_records)
         if exact.skipped:
             run.say(f"Evaluation: {exact.skipped} problems left out (no text, or too long to answer).")
     if prepared.held_out is not None:
-        held_out = HeldOut(plan, backend, prepared.held_out)
+        held_out = HeldOut(plan, scorer, prepared.held_out)
     return Scoring(exact, held_out, run.say, run.journal) if plan.metrics else None
 
 
