@@ -13,6 +13,7 @@ each time, and row i of epoch e is a pure function of (lengths, seed, e, i).
 
 from __future__ import annotations
 
+import itertools
 from functools import lru_cache
 
 import numpy as np
@@ -65,23 +66,15 @@ def best_fit_decreasing(lengths: Int64Array, capacity: int) -> Int64Array:
     >>> best_fit_decreasing(np.array([7, 5, 4, 3, 1]), 10).tolist()
     [0, 1, 1, 0, 1]
     """
-    bin_of = np.empty(len(lengths), dtype=np.int64)
+    bin_of: list[int] = []
     # Bins by the room left in them, and which rooms there are, as the bits of one number.
-    bins_with: dict[int, Int64Array] = {}
+    bins_with: dict[int, list[int]] = {}
     rooms = 0
     num_bins = 0
-
-    def leave(room: int, bins: Int64Array) -> None:
-        nonlocal rooms
-        if room and len(bins):
-            known = bins_with.get(room)
-            bins_with[room] = bins if known is None else np.concatenate((known, bins))
-            rooms |= 1 << room
-
-    starts = np.concatenate(([0], np.flatnonzero(np.diff(lengths)) + 1))
-    for start, stop in zip(starts, [*starts[1:], len(lengths)], strict=True):
-        length, at = int(lengths[start]), int(start)
-        while at < stop:
+    starts = [0, *(np.flatnonzero(np.diff(lengths)) + 1).tolist(), len(lengths)]
+    for start, stop in itertools.pairwise(starts):
+        length, waiting = int(lengths[start]), stop - start
+        while waiting:
             # The tightest room is filled as often as the length fits: what remains is too small, or the
             # tightest again.
             if wide_enough := rooms >> length:
@@ -90,18 +83,22 @@ def best_fit_decreasing(lengths: Int64Array, capacity: int) -> Int64Array:
                 rooms ^= 1 << room
             else:
                 room = capacity
-                needed = -(-(stop - at) // (room // length))
-                bins = np.arange(num_bins, num_bins + needed)
+                needed = -(-waiting // (room // length))
+                bins = list(range(num_bins, num_bins + needed))
                 num_bins += needed
             fits = room // length
-            full, rest = divmod(min(int(stop) - at, fits * len(bins)), fits)
-            bin_of[at : at + full * fits] = np.repeat(bins[:full], fits)
-            at += full * fits
-            leave(room - fits * length, bins[:full])
+            full, rest = divmod(min(waiting, fits * len(bins)), fits)
+            filled = bins[:full]
+            bin_of += filled if fits == 1 else [bin for bin in filled for _ in range(fits)]
+            waiting -= full * fits
+            left = [(room - fits * length, filled)]
             if rest:
-                bin_of[at : at + rest] = bins[full]
-                at += rest
-                leave(room - rest * length, bins[full : full + 1])
-                full += 1
-            leave(room, bins[full:])
-    return bin_of
+                bin_of += [bins[full]] * rest
+                waiting -= rest
+                left.append((room - rest * length, [bins[full]]))
+            left.append((room, bins[full + bool(rest) :]))
+            for room, those in left:
+                if room and those:
+                    bins_with.setdefault(room, []).extend(those)
+                    rooms |= 1 << room
+    return np.asarray(bin_of, dtype=np.int64)
