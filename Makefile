@@ -68,9 +68,15 @@ lint: $(BUILT) ## ruff and mypy
 bench: $(BUILT) ## time to the first step, and a step beside plain torch
 	$(BIN)/python tools/bench/first_steps.py $(ARGS)
 
+.PHONY: bench-data
+bench-data: $(BUILT) ## packing and preprocessing beside TRL's; TPTRAIN_GSM8K names GSM8K's folder
+	tools/ci/make_trl_env.sh
+	$(BIN)/python tools/bench/packing.py
+	$(BIN)/python tools/bench/input.py
+
 .PHONY: clean
 clean: ## remove the environments, build/ and caches; runs/ stays
-	rm -rf .venv .venv-vllm .venv-transformers4 .venv-jax build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-vllm .venv-transformers4 .venv-jax .venv-trl build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find recipes tests tools tptrain -name __pycache__ -prune -exec rm -rf {} +
 
 $(BUILT): pyproject.toml requirements/constraints.txt

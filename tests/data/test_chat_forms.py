@@ -98,7 +98,7 @@ def test_ids_mask_and_roles_are_those_of_the_reference(name: str) -> None:
     bos = tokenizer.bos_token or ""
     given = [random_conversation(seed, form) for seed in range(CONVERSATIONS)]
     read = [conversation(messages, tools, SECTION) for messages, tools in given]
-    renderer = ChatRenderer(tokenizer)
+    renderer = ChatRenderer(tokenizer, with_roles=True)
     outcomes: Counter[str] = Counter()
     for each, found in zip(read, renderer.render(read), strict=True):
         assert isinstance(each, Conversation)

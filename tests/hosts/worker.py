@@ -12,7 +12,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from tests import small
-from tptrain.backends.base import Layout, Tensors, TensorSource
+from tptrain.backends.base import Buffer, Layout, Tensors, TensorSource, every_buffer
 from tptrain.backends.shards import read_buffer_shards
 from tptrain.ckpt.checkpointer import Checkpointer
 from tptrain.ckpt.policies import KeepLast
@@ -51,9 +51,16 @@ class HostBackend:
         parts = plan.parts.values()
         self.layouts = {part.name: Layout.stacked(part.rows, part.specs, plan.layer_runs) for part in parts}
 
-    def place(self, source: TensorSource, part: str = PARAMS) -> Any:
+    def place(
+        self,
+        source: TensorSource,
+        part: str = PARAMS,
+        wanted: Callable[[Buffer], bool] = every_buffer,
+    ) -> Any:
         placed = {}
         for name, buffer in self.layouts[part].buffers.items():
+            if not wanted(buffer):
+                continue
             slices = shard_slices(buffer.rows[0].padded_size, buffer.row_spec, self.plan.mesh.axis_sizes)
             mine = {position: slices[position] for position in self.local_positions}
             placed[name] = HeldBuffer(read_buffer_shards(buffer, mine, source))

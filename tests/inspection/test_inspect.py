@@ -51,7 +51,7 @@ def found(tokenizer: PreTrainedTokenizerFast) -> Findings:
 def test_rows_are_those_of_the_renderer(found: Findings, tokenizer: PreTrainedTokenizerFast) -> None:
     assert [example.number for example in found.examples] == [1, 4, 5]
     for example in found.examples:
-        row = next(Renderer(tokenizer, SECTION)([RECORDS[example.number - 1]]))
+        row = next(Renderer(tokenizer, SECTION, with_roles=True)([RECORDS[example.number - 1]]))
         assert isinstance(row, Rendered) and row.roles is not None
         assert [token.id for token in example.tokens] == row.ids.tolist()
         assert [token.counted for token in example.tokens] == row.loss_mask.tolist()

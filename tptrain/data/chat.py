@@ -69,11 +69,12 @@ class _Turn:
 
 @dataclass(frozen=True)
 class _Written:
-    """A conversation as one text, the turns that count, and the end of each message of which it is known."""
+    """A conversation as one text, the turns that count, and the end of each message of which it is known;
+    None where nobody asks for roles."""
 
     text: str
     turns: list[_Turn]
-    ends: list[tuple[int, int]]  # (one behind the last character, role)
+    ends: list[tuple[int, int]] | None  # (one behind the last character, role)
 
 
 def chat_problems(tokenizer: PreTrainedTokenizerFast) -> list[Problem]:
@@ -94,9 +95,12 @@ class ChatRenderer:
     turn_ends: ids of the tokens that ended what was counted so far: a server must stop at them.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, loss_on: str = "assistant"):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, loss_on: str = "assistant", with_roles: bool = False
+    ):
+        """with_roles: say of each token whose text it is, for which every message is written once more."""
         assert loss_on in ("assistant", "last_turn", "all"), loss_on
-        self._tokenizer, self._loss_on = tokenizer, loss_on
+        self._tokenizer, self._loss_on, self._with_roles = tokenizer, loss_on, with_roles
         self.turn_ends: set[int] = set()
         decoder = tokenizer.added_tokens_decoder
         # Once for all: of some tokenizers these are thousands.
@@ -157,14 +161,13 @@ class ChatRenderer:
 
     def _write(self, conversation: Conversation) -> _Written | str:
         """The conversation's text and its turns, or the reason to drop it."""
-        messages = conversation.messages
         template = self._tokenizer.get_chat_template(tools=conversation.tools)
+        ends: dict[int, int] = {}
         try:
-            text = self._text(conversation, messages)
-            ends: dict[int, int] = {}
             if _GENERATION.search(template):
-                turns = self._marked_turns(conversation, text, template)
+                text, turns = self._marked_turns(conversation, template)
             else:
+                text = self._text(conversation, conversation.messages)
                 found = self._turns(conversation, text)
                 if isinstance(found, str):
                     return found
@@ -172,7 +175,7 @@ class ChatRenderer:
             if not turns:
                 return NO_ANSWER
             counted = turns[-1:] if self._loss_on == "last_turn" else turns
-            return _Written(text, counted, self._ends(conversation, text, ends))
+            return _Written(text, counted, self._ends(conversation, text, ends) if self._with_roles else None)
         except TemplateError:
             return REFUSED
 
@@ -195,8 +198,8 @@ class ChatRenderer:
             ends[at] = len(through)
         return turns, ends
 
-    def _marked_turns(self, conversation: Conversation, text: str, template: str) -> list[_Turn]:
-        """The template's `{% generation %}` blocks.
+    def _marked_turns(self, conversation: Conversation, template: str) -> tuple[str, list[_Turn]]:
+        """The conversation's text and the template's `{% generation %}` blocks in it.
 
         Their characters, for the mask of `apply_chat_template` hides what is asked here: whether a token
         crosses the edge of a block. It also leaves all later blocks out behind one whose first character, a
@@ -211,9 +214,8 @@ class ChatRenderer:
             return_assistant_tokens_mask=True,
             **special,
         )
-        written, blocks = found
-        assert written == [text], "one conversation, one text"
-        return [_Turn(start, stop, marked=True) for start, stop in blocks[0] if start < stop]
+        (text,), (blocks,) = found
+        return text, [_Turn(start, stop, marked=True) for start, stop in blocks if start < stop]
 
     def _ends(self, conversation: Conversation, text: str, known: dict[int, int]) -> list[tuple[int, int]]:
         """Where each message ends, as far as its beginning of the conversation is one of the text."""
@@ -247,7 +249,8 @@ class ChatRenderer:
             mask[begin:stop] = True
             self.turn_ends.add(int(ids[end]))
         mask[:1] = False  # no token before it could predict it
-        return Rendered(ids, count_all(mask) if self._loss_on == "all" else mask, _roles(written.ends, whole))
+        roles = None if written.ends is None else _roles(written.ends, whole)
+        return Rendered(ids, count_all(mask) if self._loss_on == "all" else mask, roles)
 
     def _span_by_splits(
         self, text: str, turn: _Turn, whole: Encoding, ids: npt.NDArray[np.int32]

@@ -111,12 +111,18 @@ class Fitting:
     length: tokens of the record that the last outcome is of, before it was cut or dropped; 0: not rendered.
     """
 
-    def __init__(self, records: Iterable[Record], tokenizer: PreTrainedTokenizerFast, section: DataSection):
+    def __init__(
+        self,
+        records: Iterable[Record],
+        tokenizer: PreTrainedTokenizerFast,
+        section: DataSection,
+        with_roles: bool = False,
+    ):
         """The tokenizer has passed `check_tokenizer`. Raises ProblemsError when it lacks a chat template that
         the records need."""
         assert tokenizer.eos_token_id is not None
         self._records, self._section = records, section
-        self._renderer = Renderer(tokenizer, section)
+        self._renderer = Renderer(tokenizer, section, with_roles)
         self.length = 0
         self._columns: set[str] = set()
         self._dropped: Counter[str] = Counter()

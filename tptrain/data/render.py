@@ -51,8 +51,10 @@ class Question:
 class Renderer:
     """Renders records as a recipe says, with one tokenizer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, section: DataSection):
-        """Raises ProblemsError where the records are conversations and the tokenizer has no chat template."""
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, section: DataSection, with_roles: bool = False):
+        """with_roles: say of each token whose text it is.
+
+        Raises ProblemsError where the records are conversations and the tokenizer has no chat template."""
         self._tokenizer, self._section = tokenizer, section
         self._counts_all = section.loss_on == "all"
         # Pairs have a completion only; for conversations a plan refuses the word.
@@ -60,7 +62,7 @@ class Renderer:
         self._chat: ChatRenderer | None = None
         if is_chat(section):
             raise_if_any(chat_problems(tokenizer))
-            self._chat = ChatRenderer(tokenizer, loss_on)
+            self._chat = ChatRenderer(tokenizer, loss_on, with_roles)
 
     @property
     def stop_ids(self) -> list[int]:

@@ -128,7 +128,7 @@ def inspect_records(
     Raises ProblemsError where no record can be rendered at all, such as for want of a chat template.
     """
     waiting: deque[Record] = deque()  # read, and not yet rendered
-    fitting = Fitting(_remembered(records, waiting), tokenizer, section)
+    fitting = Fitting(_remembered(records, waiting), tokenizer, section, with_roles=True)
     serving = _Serving(tokenizer, section)
     lengths: list[int] = []  # of all rendered records
     filled: list[int] = []  # of the rows
