@@ -128,7 +128,11 @@ def unknown_setting(key: str, value: object) -> Problem:
     if source_name(key) is not None:
         rule, fix = "is a source, not a setting", f"{key}.path=... or another setting of a source"
         return Problem(key, value, rule, _listing(key), fix)
-    name = source_name(section)
+    name, whole = source_name(section), f"data.{key.rpartition('.')[2]}"
+    if name is not None and whole in settings():
+        return Problem(
+            key, value, "is not a setting of a source", _listing(section), f"{whole}, for all sources"
+        )
     guess = _most_like(key, settings() if name is None else source_settings(name))
     fix = f"{guess} (did you mean it?)" if guess else "a setting that --help lists"
     if key in sections():
@@ -157,7 +161,7 @@ def _most_like(key: str, among: Mapping[str, Setting]) -> str | None:
         initials = "".join(word[:1] for word in setting.leaf.split("_"))
         same = leaf == setting.leaf or (leaf == initials and len(leaf) > 1)
         leaf_score = 1.0 if same else _ratio(leaf, setting.leaf)
-        return 0.65 * leaf_score + 0.35 * _ratio(section, setting.section)
+        return 0.7 * leaf_score + 0.3 * _ratio(section, setting.section)
 
     best = max(among.values(), key=score)
     return best.path if score(best) >= 0.55 else None

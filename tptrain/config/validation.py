@@ -77,7 +77,7 @@ def _problem(path: str, item: dict[str, Any], current: Recipe | None) -> Problem
 def _bound_problem(setting: Setting, value: object, kind: str, ctx: dict[str, Any], fix: str) -> Problem:
     key, rule, other, passing = _BOUND_RULES[kind]
     limit = shown(ctx[key])
-    if key in ("ge", "le") or not fix:
+    if key in ("ge", "le") or fix in ("", "none"):
         fix = passing.format(limit)
     return Problem(setting.path, value, f"{rule} {limit}", f"{other}: {limit}", fix)
 
