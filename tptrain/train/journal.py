@@ -233,7 +233,7 @@ def read_journal(path: Path) -> list[StepRecord]:
 
 
 def source_tokens(records: Iterable[StepRecord]) -> dict[str, int]:
-    """Real tokens of several steps by source, the name first in order first."""
+    """Real tokens of several steps by source, in the order of the names."""
     total: Counter[str] = Counter()
     for record in records:
         total.update(record.source_tokens)
