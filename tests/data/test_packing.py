@@ -90,7 +90,7 @@ def test_arrays_record_by_record(dataset: TokenizedDataset) -> None:
     batch = batches.batch_at(11)
     for place in range(6):
         row, expected = 11 + place, 0
-        records = batches.records_of(row)
+        records = batches.mixture.sample(row)[1]
         assert len(records) > 0
         for segment, record in enumerate(records, start=1):
             ids, mask = dataset.row(int(record))
@@ -105,7 +105,7 @@ def test_arrays_record_by_record(dataset: TokenizedDataset) -> None:
         assert not batch.segment_ids[0, place, rest].any() and not batch.weights[0, place, rest].any()
         assert (batch.tokens[0, place, rest] == PAD).all()
     assert batch.real_tokens == sum(
-        len(dataset.row(int(r))[0]) for c in range(11, 17) for r in batches.records_of(c)
+        len(dataset.row(int(r))[0]) for c in range(11, 17) for r in batches.mixture.sample(c)[1]
     )
     assert batch.padded_tokens == 6 * SEQ_LEN - batch.real_tokens
 

@@ -177,6 +177,21 @@ def test_the_command(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["counts"]["kept"] == 120 and len(found["examples"]) == 1
 
 
+def test_each_source_has_its_own_findings(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = file.parent / "rows.html"
+    sources = ("data.sources.all.split=train", "data.sources.few.max_records=10", "data.seq_len=160")
+    assert command(file, *sources, f"--html={page}", "--rows=1") == 0
+    text = capsys.readouterr().out
+    first, second = text.split("all ---")[1].split("few ---")
+    assert "122 records: 120 kept" in first and "10 records: 8 kept" in second
+    assert page.with_name("rows-all.html").exists() and page.with_name("rows-few.html").exists()
+    command(file, *sources, "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert {name: each["counts"]["records"] for name, each in found.items()} == {"all": 122, "few": 10}
+    assert command(file, *sources, "data.sources.few.prompt_column=questoin") == 2
+    assert "data.sources.few.prompt_column=questoin" in capsys.readouterr().err
+
+
 def test_what_a_run_would_refuse_is_shown_and_refused(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(file, "data.max_unlabelled=0") == 2
     told = capsys.readouterr()

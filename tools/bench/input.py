@@ -81,7 +81,7 @@ def measured(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     section = replace(section, cache=str(folder / "cache"))
     print(f"{platform.machine()}, {os.cpu_count()} cores; {options.chats:,} chats", flush=True)
     cold, batches = _cpu_seconds(lambda: _batches(section, tokenizer))
-    tokens = len(batches.dataset.ids)
+    tokens = len(batches.mixture.datasets[0].ids)
     cached, _ = _cpu_seconds(lambda: _batches(section, tokenizer))
     filling = _fill_seconds(batches, tokens)
     print(
@@ -126,7 +126,7 @@ def _beside_trl(
         chat=is_chat,
     )
     print(
-        f"{name}: {ours:.1f} CPU s for {batches.num_samples:,} rows of {len(batches.dataset.ids):,} tokens; "
+        f"{name}: {ours:.1f} CPU s for {batches.num_samples:,} rows of {len(batches.mixture.datasets[0].ids):,} tokens; "
         f"TRL {theirs['cpu_seconds']:.1f} CPU s for {theirs['rows']:,} rows of {theirs['tokens']:,} tokens",
         flush=True,
     )

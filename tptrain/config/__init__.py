@@ -21,6 +21,7 @@ from tptrain.config.schema import (
     RematSection,
     SaveSection,
     ScheduleSection,
+    SourceSection,
 )
 
 __all__ = [
@@ -41,4 +42,5 @@ __all__ = [
     "RematSection",
     "SaveSection",
     "ScheduleSection",
+    "SourceSection",
 ]

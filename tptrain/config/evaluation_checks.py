@@ -33,6 +33,10 @@ def _records_problems(recipe: Recipe) -> list[Problem]:
     evaluation, data = recipe.eval, recipe.data
     problems = []
     has_own = evaluation.path is not None or data.path.startswith("builtin:") or data.validation > 0
+    if evaluation.problems and data.sources and evaluation.path is None:
+        rule = "needs held-out records of its own where there are several sources"
+        other, fix = "eval.path=none", "0, or eval.path=FILE with records in the form that data itself names"
+        return [Problem("eval.problems", evaluation.problems, rule, other, fix)]
     if evaluation.problems and data.preset == "chat":
         rule, other = "asks for questions with one answer each", "data.preset=chat"
         problems.append(Problem("eval.problems", evaluation.problems, rule, other, "0"))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import textwrap
 
-from tptrain.config.schema import Recipe
-from tptrain.config.settings import Setting, sections, settings, shown, value_of
+from tptrain.config.schema import Recipe, SourceSection
+from tptrain.config.settings import SOURCES, Setting, sections, settings, shown, source_settings, value_of
 
 _WIDTH = 100
 _LEFT = 44
@@ -27,7 +27,15 @@ def render_help(recipe: Recipe, program: str) -> str:
     for section, kind in sections().items():
         heading = _wrapped(f"{section}: {_first_line(kind.__doc__)}", "")
         blocks.append("\n".join([heading, *_section_lines(recipe, section)]))
+        if section == SOURCES.partition(".")[0]:
+            blocks.append(_source_block())
     return "\n\n".join(blocks) + "\n"
+
+
+def _source_block() -> str:
+    heading = _wrapped(f"{SOURCES}.NAME: {_first_line(SourceSection.__doc__)}", "")
+    lines = [_setting_lines(setting, setting.default) for setting in source_settings("NAME").values()]
+    return "\n".join([heading, *(line for each in lines for line in each)])
 
 
 def _first_line(doc: str | None) -> str:
@@ -43,7 +51,7 @@ def _section_lines(recipe: Recipe, section: str) -> list[str]:
 
 
 def _setting_lines(setting: Setting, value: object) -> list[str]:
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value:
         left, fields = f"  {setting.path}=the fields below", _field_lines(value)
     else:
         left, fields = f"  {setting.path}={shown(value)}", []
@@ -56,7 +64,9 @@ def _setting_lines(setting: Setting, value: object) -> list[str]:
 
 
 def _field_lines(config: dict[str, object]) -> list[str]:
-    given = ", ".join(f"{name}={json.dumps(value)}" for name, value in config.items())
+    given = ", ".join(
+        f"{name}={json.dumps(value, default=SourceSection.given)}" for name, value in config.items()
+    )
     return [_wrapped(given, " " * 8)]
 
 

@@ -10,7 +10,16 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from tptrain.config.schema import Recipe
-from tptrain.config.settings import Setting, sections, settings, unknown_setting, value_of
+from tptrain.config.settings import (
+    SOURCES,
+    Setting,
+    sections,
+    setting_of,
+    settings,
+    source_name,
+    unknown_setting,
+    value_of,
+)
 from tptrain.config.validation import validation_problems
 from tptrain.errors import Problem, raise_if_any, refuse
 
@@ -88,12 +97,13 @@ def _values(recipe: Recipe) -> _Values:
     found: _Values = {"": {}, **{section: {} for section in sections()}}
     for setting in settings().values():
         found[setting.section][setting.leaf] = copy.deepcopy(value_of(recipe, setting))
+    found["data"]["sources"] = {name: source.given() for name, source in recipe.data.sources.items()}
     return found
 
 
 def _not_key_value(arg: str) -> Problem:
     key = arg.lstrip("-")
-    known = key if key in settings() else "section.setting"
+    known = key if setting_of(key) else "section.setting"
     return Problem("argument", arg, "must have the form key=value", "it has no '='", f"{known}=value")
 
 
@@ -101,13 +111,30 @@ def _assign(values: _Values, key: str, text: str) -> list[Problem]:
     """Put one override into `values`; what pydantic will judge is left as text."""
     if key.startswith(_MODEL_FIELD):
         return _assign_model_field(values["model"], key, text)
-    setting = settings().get(key)
+    setting = setting_of(key)
     if setting is None:
         return [unknown_setting(key, text)]
+    if key == SOURCES:
+        return _assign_no_sources(values["data"], text)
     if text == "":
         fix = "none" if setting.optional else f"{key}=VALUE"
         return [Problem(key, "", "must not be empty", f"type: {setting.kind}", fix)]
-    values[setting.section][setting.leaf] = _read(setting, text)
+    source = source_name(setting.section)
+    holder = values[setting.section] if source is None else values["data"]["sources"].setdefault(source, {})
+    holder[setting.leaf] = _read(setting, text)
+    return []
+
+
+def _assign_no_sources(data: dict[str, Any], text: str) -> list[Problem]:
+    """What can be said of all sources at once is that there are none."""
+    if text.lower() not in _NONE_WORDS:
+        rule, fix = (
+            "is given by the settings of each source",
+            f"{SOURCES}.NAME.path={text or 'FILE'}, or none",
+        )
+        named = f"sources: {', '.join(data['sources']) or 'none'}"
+        return [Problem(SOURCES, text, rule, named, fix)]
+    data["sources"] = {}
     return []
 
 

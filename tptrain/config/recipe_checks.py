@@ -8,8 +8,9 @@ import re
 from tptrain.config.compiler_flags import compiler_flags
 from tptrain.config.evaluation_checks import evaluation_problems
 from tptrain.config.metrics import measured_metrics
+from tptrain.config.mixing import mixing_problems, source_sections
 from tptrain.config.schema import Recipe
-from tptrain.config.settings import settings, shown, value_of
+from tptrain.config.settings import SOURCES, settings, shown, source_settings, value_of
 from tptrain.errors import Problem, nearest, unknown_name
 from tptrain.family import ModelFacts
 from tptrain.topology import Topology
@@ -35,6 +36,7 @@ def recipe_problems(recipe: Recipe) -> list[Problem]:
         *_data_problems(recipe),
         *_loss_on_problems(recipe),
         *_schedule_problems(recipe),
+        *mixing_problems(recipe),
         *_precision_problems(recipe),
         *_remat_problems(recipe),
         *_moments_problems(recipe),
@@ -101,7 +103,10 @@ def _loss_on_problems(recipe: Recipe) -> list[Problem]:
 
 def _data_problems(recipe: Recipe) -> list[Problem]:
     named = {
-        "data.path": recipe.data.path,
+        **{
+            f"{SOURCES}.{name}.path" if name else "data.path": section.path
+            for name, section in source_sections(recipe.data).items()
+        },
         "eval.path": recipe.eval.path,
         "eval.loss_path": recipe.eval.loss_path,
     }
@@ -233,23 +238,33 @@ def _idle_settings(recipe: Recipe, topology: Topology) -> list[tuple[bool, str, 
             "guards that skip nothing",
             ("guards.max_in_a_row", "guards.max_skipped"),
         ),
-        (_is_one_file(data.path), f"data.path={data.path}", ("data.subset", "data.split")),
         (
-            data.preset in _CONVERSATIONS,
+            _is_one_file(data.path) and not data.sources,
+            f"data.path={data.path}",
+            ("data.subset", "data.split"),
+        ),
+        (
+            bool(data.sources) and all(source.path is not None for source in data.sources.values()),
+            f"a path for each of {SOURCES}",
+            ("data.path",),
+        ),
+        (
+            data.preset in _CONVERSATIONS and not data.sources,
             f"data.preset={data.preset}",
             ("data.completion_column", "data.as_chat"),
         ),
         (
-            data.preset not in _CONVERSATIONS,
+            data.preset not in _CONVERSATIONS and not data.sources,
             f"data.preset={data.preset}",
             ("data.tools_column",),
         ),
         (
-            data.preset not in _CONVERSATIONS and not data.as_chat,
+            data.preset not in _CONVERSATIONS and not data.as_chat and not data.sources,
             "records that no chat template writes",
             ("data.system_prompt",),
         ),
         (data.packing == "none", "data.packing=none", ("data.check_packing",)),
+        (data.mix != "temperature", f"data.mix={data.mix}", ("data.mix_temperature",)),
         (constant, "schedule.kind=constant", ("schedule.final_ratio",)),
         (optim.name == "adamw", "optim.name=adamw", of_adafactor),
         (optim.name == "adafactor", "optim.name=adafactor", ("optim.beta1", "optim.beta2", "optim.eps")),
@@ -294,6 +309,12 @@ def idle_notices(recipe: Recipe, topology: Topology) -> list[str]:
             if value != setting.default:
                 sentence = f"{setting.path}={shown(value)} has no effect with {what}."
                 notices.setdefault(setting.path, sentence)
+    if recipe.data.mix != "weights":
+        for name, source in recipe.data.sources.items():
+            if source.weight is not None:
+                setting = source_settings(name)[f"{SOURCES}.{name}.weight"]
+                given = f"{setting.path}={shown(source.weight)}"
+                notices[setting.path] = f"{given} has no effect with data.mix={recipe.data.mix}."
     if recipe.optim.learning_rate == 0:
         notices["optim.learning_rate"] = "optim.learning_rate=0 leaves every parameter as it is."
     return list(notices.values())

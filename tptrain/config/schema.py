@@ -35,6 +35,42 @@ class ModelSection:
     moments. Layers below the lowest that is trained keep nothing and have no backward pass."""
 
 
+_Preset = Literal["prompt_completion", "gsm8k", "alpaca", "chat", "sharegpt"]
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class SourceSection:
+    """One of several sources of records; what it leaves at none is as in data."""
+
+    path: str | None = None
+    """Where its records are; none: data.path."""
+    subset: str | None = None
+    """Configuration name of a hub data set; none: data.subset."""
+    split: str | None = None
+    """Split of a hub data set or of a saved DatasetDict; none: data.split."""
+    preset: _Preset | None = None
+    """How its records become tokens; none: data.preset."""
+    prompt_column: str | None = None
+    """Column of the prompt, auto for the preset's own; none: data.prompt_column."""
+    completion_column: str | None = None
+    """Column of the completion, auto for the preset's own; none: data.completion_column."""
+    tools_column: str | None = None
+    """Column of the tools, auto for tools; none: data.tools_column."""
+    as_chat: bool | None = None
+    """Write prompt and completion by the chat template; none: data.as_chat."""
+    system_prompt: str | None = None
+    """What the system says first in conversations without a turn of its own; none: data.system_prompt."""
+    max_records: int | None = Field(default=None, ge=1)
+    """Use only its first so many records; none: data.max_records."""
+    weight: float | None = Field(default=None, gt=0)
+    """Its share of the rows, over the sum of all weights; with data.mix=weights every source has one."""
+
+    def given(self) -> dict[str, Any]:
+        """The settings that are not left as in data."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: value for name, value in values.items() if value is not None}
+
+
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class DataSection:
     """Training records and how they become rows of tokens."""
@@ -45,7 +81,7 @@ class DataSection:
     """Configuration name of a hub data set, such as "main"."""
     split: str = "train"
     """Split of a hub data set or of a saved DatasetDict."""
-    preset: Literal["prompt_completion", "gsm8k", "alpaca", "chat", "sharegpt"] = "prompt_completion"
+    preset: _Preset = "prompt_completion"
     """How a record becomes tokens; gsm8k: "Question: ...\\nAnswer:" and " ...", from question and answer;
     alpaca: from instruction, input (may be empty) and output; chat: messages (a list of role and content)
     through the tokenizer's chat template; sharegpt: the same from conversations (a list of from and
@@ -94,6 +130,16 @@ class DataSection:
     for files above 64 MB; none: in memory only."""
     seed: int = Field(default=0, ge=0)
     """Seed of the shuffle."""
+    sources: dict[str, SourceSection] = Field(default_factory=dict)
+    """Several sources by name, each given as data.sources.NAME.path=FILE and the like, in the place of the
+    one that data itself names; none: that one."""
+    mix: Literal["concat", "weights", "temperature"] = "concat"
+    """How several sources are mixed. concat: an epoch is every row of each once, shuffled together; weights:
+    each has the share of the rows that its weight says; temperature: weights are tokens^(1 /
+    data.mix_temperature). By weights, a source begins anew, in a new order, as often as it ends, and
+    schedule.max_steps says how long a run is."""
+    mix_temperature: float = Field(default=1.0, ge=1)
+    """1: a source weighs as many tokens as it has; the higher, the more alike all of them weigh."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from tptrain.config.schema import Recipe
+from tptrain.config.schema import Recipe, SourceSection
 from tptrain.errors import Problem
 
 _TYPE_WORDS = {
@@ -23,6 +23,7 @@ _TYPE_WORDS = {
     dict: "fields",
     tuple: "texts separated by commas",
 }
+SOURCES = "data.sources"
 _BOUND_WORDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
@@ -68,6 +69,8 @@ def shown(value: object) -> str:
         return str(value).lower()
     if isinstance(value, float):
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    if value == {}:
+        return "none"
     if isinstance(value, tuple | list):
         return ",".join(str(part) for part in value)
     return str(value)
@@ -90,8 +93,31 @@ def settings() -> dict[str, Setting]:
     return found
 
 
+@cache
+def source_settings(name: str) -> dict[str, Setting]:
+    """Dotted name -> setting of one of several sources."""
+    section = f"{SOURCES}.{name}"
+    fields = _fields(SourceSection).items()
+    return {f"{section}.{leaf}": _setting(f"{section}.{leaf}", section, info) for leaf, info in fields}
+
+
+def setting_of(key: str) -> Setting | None:
+    """The setting of a dotted name, among them those of sources; None where it is none."""
+    name = source_name(key.rpartition(".")[0])
+    return settings().get(key) if name is None else source_settings(name).get(key)
+
+
+def source_name(section: str) -> str | None:
+    """NAME of a section data.sources.NAME; None for any other."""
+    outer, _, name = section.rpartition(".")
+    return name if outer == SOURCES else None
+
+
 def value_of(recipe: Recipe, setting: Setting) -> Any:
     """The value that a recipe gives to a setting."""
+    name = source_name(setting.section)
+    if name is not None:
+        return getattr(recipe.data.sources.get(name, SourceSection()), setting.leaf)
     holder = getattr(recipe, setting.section) if setting.section else recipe
     return getattr(holder, setting.leaf)
 
@@ -99,7 +125,15 @@ def value_of(recipe: Recipe, setting: Setting) -> Any:
 def unknown_setting(key: str, value: object) -> Problem:
     """The problem of a name that is no setting: did-you-mean, and the list of the section it points into."""
     section, _, _ = key.rpartition(".")
-    guess = _most_like(key)
+    if source_name(key) is not None:
+        rule, fix = "is a source, not a setting", f"{key}.path=... or another setting of a source"
+        return Problem(key, value, rule, _listing(key), fix)
+    name, whole = source_name(section), f"data.{key.rpartition('.')[2]}"
+    if name is not None and whole in settings():
+        return Problem(
+            key, value, "is not a setting of a source", _listing(section), f"{whole}, for all sources"
+        )
+    guess = _most_like(key, settings() if name is None else source_settings(name))
     fix = f"{guess} (did you mean it?)" if guess else "a setting that --help lists"
     if key in sections():
         fix = f"{key}.{next(iter(_leaves(key)))}=... or another setting of that section"
@@ -108,6 +142,8 @@ def unknown_setting(key: str, value: object) -> Problem:
 
 
 def _listing(section: str) -> str:
+    if source_name(section) is not None:
+        return f"settings of a source: {', '.join(_fields(SourceSection))}"
     if section in sections():
         return f"settings of {section}: {', '.join(_leaves(section))}"
     return f"sections: {', '.join(sections())}; and {', '.join(_leaves(''))}"
@@ -117,7 +153,7 @@ def _leaves(section: str) -> list[str]:
     return [setting.leaf for setting in settings().values() if setting.section == section]
 
 
-def _most_like(key: str) -> str | None:
+def _most_like(key: str, among: Mapping[str, Setting]) -> str | None:
     """The setting most like `key`, by its last part first; initials count as well (lr: learning_rate)."""
     section, _, leaf = key.lstrip("-").rpartition(".")
 
@@ -125,9 +161,9 @@ def _most_like(key: str) -> str | None:
         initials = "".join(word[:1] for word in setting.leaf.split("_"))
         same = leaf == setting.leaf or (leaf == initials and len(leaf) > 1)
         leaf_score = 1.0 if same else _ratio(leaf, setting.leaf)
-        return 0.65 * leaf_score + 0.35 * _ratio(section, setting.section)
+        return 0.7 * leaf_score + 0.3 * _ratio(section, setting.section)
 
-    best = max(settings().values(), key=score)
+    best = max(among.values(), key=score)
     return best.path if score(best) >= 0.55 else None
 
 
@@ -152,7 +188,7 @@ def _setting(path: str, section: str, info: FieldInfo) -> Setting:
         choices=choices,
         bounds=tuple(_bounds(info.metadata)),
         required=info.is_required(),
-        default=None if info.is_required() else info.default,
+        default=None if info.is_required() else info.get_default(call_default_factory=True),
         meaning=" ".join((info.description or "").split()),
     )
 

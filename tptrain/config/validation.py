@@ -6,8 +6,17 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tptrain.config.schema import Recipe
-from tptrain.config.settings import Setting, sections, settings, shown, unknown_setting, value_of
+from tptrain.config.schema import Recipe, SourceSection
+from tptrain.config.settings import (
+    SOURCES,
+    Setting,
+    sections,
+    setting_of,
+    shown,
+    source_name,
+    unknown_setting,
+    value_of,
+)
 from tptrain.errors import Problem, nearest
 
 _BOUND_RULES = {
@@ -23,27 +32,31 @@ def validation_problems(error: ValidationError, current: Recipe | None = None) -
 
     current: a valid recipe whose values are offered as values that pass; None: the schema's defaults.
     """
-    section = next((name for name, kind in sections().items() if kind.__name__ == error.title), None)
+    places = {kind.__name__: [name] for name, kind in sections().items()}
+    # Built by itself, a source does not know its name yet.
+    place = {**places, SourceSection.__name__: [*SOURCES.split("."), "NAME"]}.get(error.title, [])
     found: dict[str, Problem] = {}
     for item in error.errors(include_url=False):
         loc = [str(part) for part in item["loc"]]
-        path = ".".join([section, *loc[:1]] if section else _known_part(loc))
+        path = ".".join(_known_part([*place, *loc]))
         found.setdefault(path, _problem(path, dict(item), current))
     return list(found.values())
 
 
 def _known_part(loc: list[str]) -> list[str]:
     """The location without what pydantic adds for the members of a union."""
+    if loc[:2] == SOURCES.split("."):
+        return loc[:4]
     return loc[:2] if loc[:1] and loc[0] in sections() else loc[:1]
 
 
 def _problem(path: str, item: dict[str, Any], current: Recipe | None) -> Problem:
-    setting = settings().get(path)
+    setting = setting_of(path)
     value, kind = item["input"], item["type"]
     if kind == "unexpected_positional_argument":
         return Problem(path, value, "is given without a name", "settings are keywords", "section(name=value)")
-    if setting is None and path in sections():
-        name = sections()[path].__name__
+    if setting is None and (path in sections() or source_name(path) is not None):
+        name = sections().get(path, SourceSection).__name__
         return Problem(path, value, f"must be a {name}", f"type: {name}", f"{path}={name}(...)")
     if setting is None:
         return unknown_setting(path, value)
@@ -64,7 +77,7 @@ def _problem(path: str, item: dict[str, Any], current: Recipe | None) -> Problem
 def _bound_problem(setting: Setting, value: object, kind: str, ctx: dict[str, Any], fix: str) -> Problem:
     key, rule, other, passing = _BOUND_RULES[kind]
     limit = shown(ctx[key])
-    if key in ("ge", "le") or not fix:
+    if key in ("ge", "le") or fix in ("", "none"):
         fix = passing.format(limit)
     return Problem(setting.path, value, f"{rule} {limit}", f"{other}: {limit}", fix)
 
@@ -95,6 +108,8 @@ def _with_article(words: str) -> str:
 
 def _passing(setting: Setting, current: Recipe | None) -> str:
     """A value known to pass; "" when there is none to name."""
+    if setting.path == SOURCES:
+        return '{"NAME": SourceSection(path=...)}'
     value = value_of(current, setting) if current else setting.default
     if value is None:
         return "none" if setting.optional and current else ""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import numpy as np
@@ -14,12 +14,9 @@ import numpy.typing as npt
 import xxhash
 
 from tptrain.config.schema import DataSection, ScheduleSection
-from tptrain.data.dataset import TokenizedDataset
-from tptrain.data.order import sample_at
-from tptrain.data.packing import PackedRows
+from tptrain.data.mixture import Mixture, Sources
 
 Int32Array = npt.NDArray[np.int32]
-Int64Array = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -35,6 +32,7 @@ class Batch:
     counted_tokens: targets that count. real_tokens, padded_tokens: inputs that are of a record, or are not.
     rows_digest:    hexadecimal XXH3-64 over global sample index and token ids of every row that is not empty:
                     two steps with equal digests have used the same samples in the same order.
+    source_tokens:  real tokens by source; none where there is only one.
     """
 
     tokens: Int32Array
@@ -46,37 +44,40 @@ class Batch:
     real_tokens: int
     padded_tokens: int
     rows_digest: str
+    source_tokens: Mapping[str, int] = field(default_factory=dict)
 
 
 class Batches:
     """The batches of a run: `batch_at(cursor)` depends on its argument only.
-
-    A sample is what fills a row: a record, or with `data.packing` the records that share it.
 
     total_samples: samples of the whole run; rows at or beyond it are empty (segment 0, weight 0).
         None: no end.
     """
 
     def __init__(
-        self, dataset: TokenizedDataset, section: DataSection, accumulation: int, total_samples: int | None
+        self,
+        sources: Sources,
+        section: DataSection,
+        accumulation: int,
+        total_samples: int | None,
     ):
         assert section.batch_rows % accumulation == 0, (section.batch_rows, accumulation)
-        self.dataset = dataset
-        self.seed = section.seed
+        self.mixture = Mixture(sources, section)
         self.batch_rows = section.batch_rows
         self.shape = (accumulation, section.batch_rows // accumulation, section.seq_len)
         self.total_samples = total_samples
-        self._packed = packed_rows(dataset, section)
-        self.num_samples = len(dataset if self._packed is None else self._packed)
-        # Imports Grain here, not in the thread of `prefetch`, beside whatever the main thread imports then.
-        sample_at(0, self.num_samples, self.seed)
+        self.num_samples = self.mixture.num_samples
+        self._pad_id = self.mixture.datasets[0].pad_id
 
     @staticmethod
     def of_run(
-        dataset: TokenizedDataset, section: DataSection, accumulation: int, schedule: ScheduleSection
+        sources: Sources,
+        section: DataSection,
+        accumulation: int,
+        schedule: ScheduleSection,
     ) -> Batches:
         """The batches of a run that ends where its schedule says."""
-        batches = Batches(dataset, section, accumulation, None)
+        batches = Batches(sources, section, accumulation, None)
         batches.total_samples = run_length(batches.num_samples, schedule, section.batch_rows).total_samples
         return batches
 
@@ -86,16 +87,18 @@ class Batches:
         Row r of micro-batch m is sample cursor + m * micro_rows + r.
         """
         rows, seq_len = self.batch_rows, self.shape[-1]
-        tokens = np.full((rows, seq_len), self.dataset.pad_id, dtype=np.int32)
+        tokens = np.full((rows, seq_len), self._pad_id, dtype=np.int32)
         targets = tokens.copy()
         weights = np.zeros((rows, seq_len), dtype=np.float32)
         positions = np.zeros((rows, seq_len), dtype=np.int32)
         segment_ids = np.zeros((rows, seq_len), dtype=np.int32)
         digest = xxhash.xxh3_64()
+        by_source = dict.fromkeys(self.mixture.names, 0)
         for row in range(self._filled_rows(cursor)):
             begin = 0
-            for segment, record in enumerate(self.records_of(cursor + row), start=1):
-                ids, mask = self.dataset.row(int(record))
+            source, records = self.mixture.sample(cursor + row)
+            for segment, record in enumerate(records, start=1):
+                ids, mask = self.mixture.datasets[source].row(int(record))
                 end = begin + len(ids)
                 tokens[row, begin:end] = ids
                 # The last token of a record has no target.
@@ -104,6 +107,7 @@ class Batches:
                 positions[row, begin:end] = np.arange(len(ids))
                 segment_ids[row, begin:end] = segment
                 begin = end
+            by_source[self.mixture.names[source]] += begin
             digest.update((cursor + row).to_bytes(8, "little") + tokens[row, :begin].tobytes())
         real = int(np.count_nonzero(segment_ids))
         return Batch(
@@ -116,17 +120,12 @@ class Batches:
             real_tokens=real,
             padded_tokens=rows * seq_len - real,
             rows_digest=digest.hexdigest(),
+            source_tokens=by_source if len(by_source) > 1 else {},
         )
 
-    def records_of(self, cursor: int) -> Sequence[int] | Int64Array:
-        """The records of global sample `cursor`, in the order of its row."""
-        sample = sample_at(cursor, self.num_samples, self.seed)
-        return [sample] if self._packed is None else self._packed.records(cursor // self.num_samples, sample)
-
     def digest(self) -> str:
-        """Of the samples: of the records, and of how they are put into rows."""
-        records = self.dataset.digest()
-        return records if self._packed is None else f"{records}-packed-{self.shape[-1]}"
+        """Of the samples: `Mixture.digest`."""
+        return self.mixture.digest()
 
     def after(self, cursor: int) -> int:
         """The cursor after the batch at `cursor`. Rows left empty at the end of a run are no samples."""
@@ -159,13 +158,6 @@ def prefetch(
 def _result(waiting: deque[tuple[int, Future[Batch]]]) -> tuple[int, Batch]:
     cursor, future = waiting.popleft()
     return cursor, future.result()
-
-
-def packed_rows(dataset: TokenizedDataset, section: DataSection) -> PackedRows | None:
-    """How the records share rows; None where each has a row of its own."""
-    if section.packing == "none":
-        return None
-    return PackedRows(np.diff(dataset.offsets), section.seq_len, section.seed)
 
 
 @dataclass(frozen=True)

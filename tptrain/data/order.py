@@ -6,8 +6,10 @@ costs the same whatever i is, and no list of indices is held in memory.
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
+import sys
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 
 def sample_at(cursor: int, num_samples: int, seed: int) -> int:
@@ -22,7 +24,47 @@ def sample_at(cursor: int, num_samples: int, seed: int) -> int:
     return int(_shuffled(num_samples, seed)[cursor])
 
 
+class Place(NamedTuple):
+    """A sample of a mixture: the number of its source, and how many samples of that source come before it."""
+
+    source: int
+    before: int
+
+
+def mixed_at(cursor: int, shares: tuple[int, ...]) -> Place:
+    """What is at global sample index `cursor` of sources that take turns by their shares.
+
+    The sources are spread evenly: of the first n samples, each has n * share / sum(shares) to within a few.
+    shares: whole numbers with a smallest one of 100 (see `whole_shares`).
+    """
+    assert cursor >= 0, cursor
+    place: Place = _mixed(shares)[cursor]
+    return place
+
+
+def whole_shares(weights: Sequence[float]) -> tuple[int, ...]:
+    """The weights to within half a percent of each, as the whole numbers that Grain mixes by.
+
+    Grain scales the smallest weight to 100 and cuts the others off; so they are rounded here.
+
+    >>> whole_shares([0.3, 0.7])
+    (100, 233)
+    """
+    return tuple(round(100 * weight / min(weights)) for weight in weights)
+
+
 @lru_cache(maxsize=8)
+def _mixed(shares: tuple[int, ...]) -> Any:
+    """Grain's mixture of endless streams; each element is a `Place`."""
+    grain = _import_grain()
+    # Of a mixture of shuffled samples themselves one could not tell which pass of its source a sample is of.
+    streams = [
+        grain.MapDataset.range(sys.maxsize).map(partial(Place, source)) for source in range(len(shares))
+    ]
+    return grain.MapDataset.mix(streams, weights=shares)
+
+
+@lru_cache(maxsize=256)  # of every source of a mixture
 def _shuffled(num_samples: int, seed: int) -> Any:
     """Grain's endless shuffled range of indices."""
     grain = _import_grain()

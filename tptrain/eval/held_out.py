@@ -16,7 +16,7 @@ from tptrain.config.plan import Plan
 from tptrain.config.schema import ScheduleSection
 from tptrain.config.state_parts import PARAMS
 from tptrain.data.batches import Batch, Batches
-from tptrain.data.dataset import TokenizedDataset
+from tptrain.data.mixture import Sources
 from tptrain.models.calling import call_method
 
 # In the order of `Decoder.token_scores`.
@@ -112,14 +112,14 @@ class HeldOutScore:
 class HeldOut:
     """Scores the same rows whenever it is called; compiled at the first call."""
 
-    def __init__(self, plan: Plan, scorer: RowScorer, dataset: TokenizedDataset):
-        """dataset: held-out rows of at most data.seq_len tokens, of which one counts at least.
+    def __init__(self, plan: Plan, scorer: RowScorer, rows: Sources):
+        """rows: held-out rows of at most data.seq_len tokens, of which one counts at least.
 
         They are batched as those of one epoch of training, and share rows where training packs; but in
         micro-batches, of which the last one is filled up with empty rows.
         """
-        section = replace(plan.recipe.data, batch_rows=plan.micro_rows)
-        self._batches = Batches.of_run(dataset, section, 1, ScheduleSection(epochs=1))
+        section = replace(plan.recipe.data, batch_rows=plan.micro_rows, mix="concat")
+        self._batches = Batches.of_run(rows, section, 1, ScheduleSection(epochs=1))
         self._scorer = scorer
 
     def __call__(self, params: Tensors) -> HeldOutScore:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from tptrain.config.mixing import source_sections
 from tptrain.config.plan import Plan
+from tptrain.config.schema import SourceSection
 from tptrain.config.settings import settings, shown, value_of
 from tptrain.config.state_parts import PARAMS
 from tptrain.config.trainable import FROZEN_DTYPE
@@ -73,7 +75,7 @@ def run_sentences(plan: Plan) -> list[str]:
         f" {plan.rules.name}, backend {recipe.backend}.",
         f"Model: {plan.facts.family}, {num_parameters(plan):,} parameters in {plan.facts.num_hidden_layers}"
         f" layers, {weights}, tokenizer {model.tokenizer}.",
-        f"Data: {recipe.data.path} ({recipe.data.preset}), seed {recipe.data.seed}.",
+        *_data_sentences(plan),
         f"Step: {rows} rows x {recipe.data.seq_len} = {tokens:,} tokens{split}; {per_device}"
         f" {'row' if per_device == 1 else 'rows'} at a time on each device.",
         f"Attention: {_attention(plan)}.",
@@ -86,6 +88,20 @@ def run_sentences(plan: Plan) -> list[str]:
         *_guards_sentence(plan),
         f"Output: {plan.output_dir}; export: {plan.export_dir or 'none'}.",
     ]
+
+
+def _data_sentences(plan: Plan) -> list[str]:
+    """Where the records come from: a sentence for each source, and one for how they are mixed."""
+    data = plan.recipe.data
+    if not data.sources:
+        return [f"Data: {data.path} ({data.preset}), seed {data.seed}."]
+    how = {
+        "concat": "every row of each once an epoch",
+        "weights": "rows by weight",
+        "temperature": f"rows by tokens^(1 / {data.mix_temperature:g})",
+    }
+    found = [f"{name} from {each.path} ({each.preset})" for name, each in source_sections(data).items()]
+    return [f"Data: {', '.join(found)}; {how[data.mix]}, seed {data.seed}."]
 
 
 def _loss_sentence(plan: Plan) -> str:
@@ -296,6 +312,8 @@ def plan_json(plan: Plan, found: Estimate | None = None) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """The value with lists in place of tuples, as it would come back from a JSON file."""
+    if isinstance(value, SourceSection):
+        return value.given()
     if isinstance(value, dict):
         return {name: _plain(inner) for name, inner in value.items()}
     return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,13 +13,12 @@ from transformers import PreTrainedTokenizerFast
 from tptrain.backends.base import TensorSource
 from tptrain.ckpt.base_model import BaseModel, base_model
 from tptrain.ckpt.steps import is_step_folder
+from tptrain.config.mixing import problems_of_source
 from tptrain.config.plan import Plan
 from tptrain.data.batches import Batches
 from tptrain.data.dataset import TokenizedDataset
-from tptrain.data.render import texts_of
+from tptrain.data.recipe_sources import Source, open_sources, texts_of_sources
 from tptrain.data.sources import Records, open_records
-from tptrain.data.split import split_records
-from tptrain.data.token_cache import tokenized
 from tptrain.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
 from tptrain.errors import ProblemsError, raise_if_any
 from tptrain.family.lora import model_rows
@@ -41,7 +40,7 @@ class Prepared:
     stop_ids:         what ends an answer, in the records that are trained on.
     data_digest:      `Batches.digest`: what a run that goes on compares.
     base:             the model below the adapters, which it compares as well; None without adapters.
-    held_out:         rows for the held-out loss, None where it is not measured.
+    held_out:         rows for the held-out loss by source, None where it is not measured.
     held_out_records: the records that data.validation sets apart, None without it.
     """
 
@@ -50,58 +49,60 @@ class Prepared:
     stop_ids: tuple[int, ...]
     data_digest: str
     base: BaseModel | None = None
-    held_out: TokenizedDataset | None = None
+    held_out: Mapping[str, TokenizedDataset] | None = None
     held_out_records: Records | None = None
 
 
 def prepare(plan: Plan, folder: RunFolder, console: Console) -> Prepared:
     """Read records and tokenizer; tokenise."""
     recipe = plan.recipe
-    data = recipe.data
-    records, validation = open_records(data.path, data.subset, data.split, data.max_records), None
-    if data.validation:
-        records, validation = split_records(records, data)
-    tokenizer = _tokenizer(plan, folder, records)
+    sources = open_sources(recipe.data)
+    tokenizer = _tokenizer(plan, folder, sources)
     raise_if_any(check_tokenizer(tokenizer, plan.facts.vocab_size))
-    dataset, counts = tokenized(records, tokenizer, data, console.print)
-    console.print(f"Data: {counts}.")
-    batches = Batches.of_run(dataset, data, recipe.optim.accumulation, recipe.schedule)
-    held_out = _held_out(plan, tokenizer, validation, console)
+    rows = {}
+    for source in sources:
+        rows[source.name], counts = source.tokenized(tokenizer, console.print)
+        console.print(f"{source.title}: {counts}.")
+    batches = Batches.of_run(rows, recipe.data, recipe.optim.accumulation, recipe.schedule)
+    if len(rows) > 1:
+        shares = batches.mixture.row_shares().items()
+        console.print(f"Mix: {', '.join(f'{name} {share:.2%}' for name, share in shares)} of the rows.")
+    # Each begins with EOS.
+    stop_ids = tuple(dict.fromkeys(stop for each in rows.values() for stop in each.stop_ids))
+    held_out = _held_out(plan, tokenizer, sources, console)
     digest, base = batches.digest(), base_model(plan)
-    return Prepared(tokenizer, batches, dataset.stop_ids, digest, base, held_out, validation)
+    # Problems of several sources have a path of their own.
+    return Prepared(tokenizer, batches, stop_ids, digest, base, held_out, sources[0].held_out)
 
 
 def _held_out(
-    plan: Plan, tokenizer: PreTrainedTokenizerFast, validation: Records | None, console: Console
-) -> TokenizedDataset | None:
+    plan: Plan, tokenizer: PreTrainedTokenizerFast, sources: Sequence[Source], console: Console
+) -> dict[str, TokenizedDataset] | None:
     """The rows of the held-out loss, rendered like those of training; None where it is not measured."""
     section, data = plan.recipe.eval, plan.recipe.data
-    if validation is not None:
-        setting, records = "data.validation", validation
-    elif section.loss_path is not None:
-        setting = "eval.loss_path"
-        records = open_records(
-            section.loss_path, section.subset, section.split, section.loss_records, setting
-        )
-    else:
+    setting, value = "data.validation", str(data.validation)
+    if section.loss_path is not None:
+        setting, value = "eval.loss_path", section.loss_path
+        records = open_records(value, section.subset, section.split, section.loss_records, setting)
+        sources = [Source("", data, records, records)]
+    elif not data.validation:
         return None
-    try:
-        # Few records may by chance be unlabelled ones for the most part; training tells of a wrong preset.
-        lenient = replace(data, max_unlabelled=1.0)
-        dataset, counts = tokenized(records, tokenizer, lenient, console.print)
-    except ProblemsError as error:
-        # Columns and lengths are the same settings for all records; where they come from is not.
-        value = data.validation if validation is not None else section.loss_path
-        problems = [
-            replace(problem, setting=setting, value=value) if problem.setting == "data.path" else problem
-            for problem in error.problems
-        ]
-        raise ProblemsError(problems) from error
-    console.print(f"Held out: {counts}.")
-    return dataset
+    rows = {}
+    for source in sources:
+        try:
+            rows[source.name], counts = source.held_out_rows(tokenizer, console.print)
+        except ProblemsError as error:
+            # Columns and lengths are the same settings for all records; where they come from is not.
+            problems = [
+                replace(problem, setting=setting, value=value) if problem.setting == "data.path" else problem
+                for problem in error.problems
+            ]
+            raise ProblemsError(problems_of_source(problems, source.name)) from error
+        console.print(f"Held out{f' of {source.name}' if source.name else ''}: {counts}.")
+    return rows
 
 
-def _tokenizer(plan: Plan, folder: RunFolder, records: Records) -> PreTrainedTokenizerFast:
+def _tokenizer(plan: Plan, folder: RunFolder, sources: Sequence[Source]) -> PreTrainedTokenizerFast:
     """The recipe's tokenizer; a run that goes on reads back the one that it has kept."""
     model = plan.recipe.model
     if resumes(plan, folder):
@@ -110,7 +111,7 @@ def _tokenizer(plan: Plan, folder: RunFolder, records: Records) -> PreTrainedTok
         return load_tokenizer(replace(model, tokenizer=str(folder.assets)))
     if model.tokenizer != "train":
         return load_tokenizer(model)
-    return train_tokenizer(texts_of(records, plan.recipe.data), plan.facts.vocab_size)
+    return train_tokenizer(texts_of_sources(sources), plan.facts.vocab_size)
 
 
 def weight_source(plan: Plan) -> TensorSource | Path:

@@ -11,7 +11,8 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -55,6 +56,7 @@ class StepRecord:
     cursor:          samples used by the end of the step: the global index of the next one.
     rows_digest:     `Batch.rows_digest`: equal for two steps that trained on the same samples.
     skipped:         why the update was left out: "non_finite" or "spike"; "" where it was not.
+    source_tokens:   real tokens by source; {} where there is only one.
 
     In the file, a loss or norm that is not finite is null; read back it is NaN.
     """
@@ -74,6 +76,7 @@ class StepRecord:
     cursor: int
     rows_digest: str = ""
     skipped: str = ""
+    source_tokens: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def tokens_per_second(self) -> float:
@@ -227,6 +230,14 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 def read_journal(path: Path) -> list[StepRecord]:
     """The steps of a journal. A last line cut short by a crash is left out."""
     return [StepRecord(**_numbers(line)) for line in _lines(path) if "event" not in line]
+
+
+def source_tokens(records: Iterable[StepRecord]) -> dict[str, int]:
+    """Real tokens of several steps by source, in the order of the names."""
+    total: Counter[str] = Counter()
+    for record in records:
+        total.update(record.source_tokens)
+    return dict(sorted(total.items()))
 
 
 def read_events(path: Path) -> list[Event]:

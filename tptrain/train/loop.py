@@ -147,6 +147,7 @@ class Loop:
             cursor=self._batches.after(started.cursor),
             rows_digest=batch.rows_digest,
             skipped=skipped,
+            source_tokens=batch.source_tokens,
         )
         for observer in self._observers:
             observer(record)

@@ -30,7 +30,7 @@ from tptrain.train.exporting import by_hand, check_required, chosen_step
 from tptrain.train.folder import RunFolder, export_problems, folder_problems, resumes
 from tptrain.train.guards import GUARDS, GuardError
 from tptrain.train.inputs import Prepared, prepare, weight_source, write_assets
-from tptrain.train.journal import Journal
+from tptrain.train.journal import Journal, read_journal, source_tokens
 from tptrain.train.loop import Loop
 from tptrain.train.observers import LogLines, Observer, ProgressBar, SkippedLines, TensorBoard
 from tptrain.train.preemption import Preemption
@@ -146,7 +146,9 @@ def _train(run: _Run) -> RunResult:
     exported = _export(run, last, after, start.best)
     run.preemption.done()
     result = RunResult(folder.root, folder.step(last), exported, before, after)
-    print_summary(run.console, plan, folder.root, result.checkpoint, exported, before, after, start.guards)
+    tokens = source_tokens(read_journal(run.journal.path))
+    scores = (before, after)
+    print_summary(run.console, plan, folder.root, result.checkpoint, exported, *scores, start.guards, tokens)
     return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -73,8 +74,10 @@ def print_summary(
     before: Scores | None,
     after: Scores | None,
     guards: Guards,
+    source_tokens: Mapping[str, int],
 ) -> None:
-    """Scores with sample answers, skipped steps, the folders, and the next command to type."""
+    """Scores with sample answers, skipped steps, the tokens that each source gave, the folders, and the next
+    command to type."""
     answers = after.exact if after is not None else None
     if after is not None:
         console.print(_score_table(before, after))
@@ -83,12 +86,19 @@ def print_summary(
     if guards.skipped:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(guards.skipped.items()))
         console.print(f"Skipped:    {guards.skipped.total()} steps ({reasons})")
+    if source_tokens:
+        console.print(f"Sources:    {_source_shares(source_tokens)}", soft_wrap=True)
     console.print(f"Checkpoint: {checkpoint}", soft_wrap=True)
     if exported is not None:
         what = "a PEFT adapter" if plan.exports_adapter else "a Hugging Face model folder"
         console.print(f"Exported:   {exported}  ({what})", soft_wrap=True)
     question = answers.answers[0].problem.question if answers is not None else "your question"
     console.print(f"Next:       tptrain generate {output_dir} {shlex.quote(question)}", soft_wrap=True)
+
+
+def _source_shares(tokens: Mapping[str, int]) -> str:
+    total = sum(tokens.values())
+    return ", ".join(f"{name} {count:,} tokens ({count / total:.1%})" for name, count in tokens.items())
 
 
 def _score_table(before: Scores | None, after: Scores) -> Table:
