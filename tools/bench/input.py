@@ -125,8 +125,9 @@ def _beside_trl(
         seq_len=SEQ_LEN,
         chat=is_chat,
     )
+    tokens = len(batches.mixture.datasets[0].ids)
     print(
-        f"{name}: {ours:.1f} CPU s for {batches.num_samples:,} rows of {len(batches.mixture.datasets[0].ids):,} tokens; "
+        f"{name}: {ours:.1f} CPU s for {batches.num_samples:,} rows of {tokens:,} tokens; "
         f"TRL {theirs['cpu_seconds']:.1f} CPU s for {theirs['rows']:,} rows of {theirs['tokens']:,} tokens",
         flush=True,
     )
