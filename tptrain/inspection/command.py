@@ -16,7 +16,7 @@ from tptrain.config.schema import Recipe
 from tptrain.data.render import texts_of
 from tptrain.data.sources import open_records
 from tptrain.data.split import split_records
-from tptrain.data.tokenizer import load_tokenizer, train_tokenizer
+from tptrain.data.tokenizer import load_tokenizer, make_tokenizer
 from tptrain.errors import Problem, refuse
 from tptrain.inspection.findings import Findings, inspect_records
 from tptrain.inspection.pages import html_page, print_findings
@@ -69,7 +69,8 @@ def _inspected(recipe: Recipe, rows: int) -> Findings:
     if data.validation:
         records, _ = split_records(records, data)
     if recipe.model.tokenizer == "train":
-        tokenizer = train_tokenizer(texts_of(records, data), plan_recipe(recipe).facts.vocab_size)
+        vocab_size = plan_recipe(recipe).facts.vocab_size
+        tokenizer = make_tokenizer(recipe.model, texts_of(records, data), vocab_size)
     else:
         tokenizer = load_tokenizer(recipe.model)
     return inspect_records(records, tokenizer, data, rows)
