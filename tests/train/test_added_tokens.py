@@ -27,8 +27,10 @@ from tptrain.config import (
 from tptrain.config.planning import plan_recipe
 from tptrain.data.tokenizer import load_tokenizer
 from tptrain.errors import ProblemsError
+from tptrain.estimate.changes import plan_with
 from tptrain.estimate.memory import memory
 from tptrain.estimate.workload import workload_of
+from tptrain.family import read_config
 from tptrain.train.run import train
 
 ADDED = ("<|tool|>", "<|im_end|>")  # one of which chatml brings as well
@@ -122,12 +124,12 @@ def test_the_export_renders_what_was_trained_on_and_stops_at_the_turns_end(
 
 def test_new_rows_are_trained(recipe, pretrained, chat_data):
     result = train(plan_recipe(recipe(model=model(pretrained), data=chat_data)))
-    embedding = StepReader(result.checkpoint).read(
-        next(row for row in plan_recipe(recipe(model=model(pretrained), output_dir="other")).table)
-    )
-    start, tool = embedding[393], embedding[391]
+    plan = plan_recipe(recipe(model=model(pretrained), output_dir="other"))
+    rows = {row.name: row for row in plan.table}
+    embedding = StepReader(result.checkpoint).read(rows["model.embed_tokens.weight"])
+    begun, unused = embedding[393], embedding[391]  # <|im_start|>, and <|tool|>, which no record has
     assert embedding.shape[0] == GROWN
-    assert not torch.equal(start, tool)
+    assert not torch.equal(begun, unused)
 
 
 def test_a_run_that_goes_on_is_the_uninterrupted_one(recipe, pretrained, chat_data, tmp_path):
@@ -190,7 +192,6 @@ def test_spare_rows_are_used_and_nothing_is_resized(recipe, chat_data, tmp_path)
 
 def test_a_trained_tokenizer_keeps_room_for_them(recipe, pretrained, chat_data):
     config = json.loads((pretrained / "config.json").read_text())
-    config = {name: value for name, value in config.items() if value is not None and name != "architectures"}
     made = ModelSection(
         config=str(pretrained / "config.json"), tokenizer="train", add_tokens=ADDED, chat_template="chatml"
     )
@@ -209,6 +210,17 @@ def test_the_estimate_counts_the_new_rows(recipe, pretrained, chat_data):
     assert grown - held == 2 * 3 * 64
     more, less = (memory(workload_of(plan)).total_bytes for plan in plans)
     assert more - less >= 2 * 3 * 64 * 12
+
+
+def test_advice_counts_them_too(recipe, pretrained, chat_data):
+    config = json.loads((pretrained / "config.json").read_text())
+    own = {"model_type": "llama", **read_config(config).fields}
+    for changes in ({}, {"config": own}, {"config": str(pretrained / "config.json")}):
+        plan = plan_recipe(recipe(model=model(pretrained, **changes), data=chat_data))
+        changed = plan_with(plan, {"remat.policy": "full"})
+        assert changed is not None
+        assert (changed.facts.vocab_size, changed.new_rows) == (GROWN, 3)
+        assert plan_with(plan, {"model.trainable": "model.layers.*"}) is None
 
 
 def test_below_adapters_and_frozen_embeddings_growing_is_refused(recipe, pretrained, chat_data):
