@@ -205,7 +205,7 @@ BAD_INPUTS: list[BadInput] = [
     BadInput(
         "conversations without a chat template", without_chat_template,
         "data.preset", "chat", "needs a tokenizer with a chat template", "the tokenizer 'train' has none",
-        "prompt_completion, or model.tokenizer=FOLDER",
+        "prompt_completion, model.chat_template=chatml",
     ),
     BadInput(
         "conversations given to another preset",
