@@ -14,6 +14,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
+TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 # Of adapters, as PEFT names them.
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -23,7 +24,7 @@ WEIGHT_FILES = (SINGLE_FILE, INDEX_FILE, "model-*.safetensors")
 CONFIG_FILES = (CONFIG_FILE, GENERATION_FILE)
 # Every file that a tokenizer of transformers 4 or 5 is read from; the last is for several chat templates.
 TOKENIZER_FILES = (
-    "tokenizer.json",
+    TOKENIZER_FILE,
     TOKENIZER_CONFIG_FILE,
     "special_tokens_map.json",
     "added_tokens.json",

@@ -7,7 +7,7 @@ problem names a value that passes, overrides that follow the advice and must pla
 from __future__ import annotations
 
 from bad_input_form import BadInput
-from bad_models import LORA, MESHES, MODELS, SCRIPTS, TRAINABLE
+from bad_models import LORA, MESHES, MODELS, SCRIPTS, TOKENS, TRAINABLE
 from bad_settings import OVERRIDES, RECIPES
 
-BAD_INPUTS: list[BadInput] = [*OVERRIDES, *RECIPES, *MESHES, *MODELS, *TRAINABLE, *LORA, *SCRIPTS]
+BAD_INPUTS: list[BadInput] = [*OVERRIDES, *RECIPES, *MESHES, *MODELS, *TRAINABLE, *TOKENS, *LORA, *SCRIPTS]

@@ -266,6 +266,61 @@ TRAINABLE = [
     ),
 ]  # fmt: skip
 
+_READ = ("model.tokenizer=pretrained", "model.pretrained=org/none")
+
+# Added tokens and chat templates.
+TOKENS = [
+    BadInput(
+        "token named twice",
+        "model.add_tokens", "<|a|>,<|b|>,<|a|>", "must name each token once", "'<|a|>' among them",
+        "<|a|>,<|b|>",
+        ("model.add_tokens=<|a|>,<|b|>,<|a|>",), mended=("model.add_tokens=<|a|>,<|b|>",),
+    ),
+    BadInput(
+        "tokens for a tokenizer that is not on this machine",
+        "model.add_tokens", "<|a|>", "needs the tokenizer's tokenizer.json at hand",
+        "none in model.pretrained=org/none on this machine", "the folder of a tokenizer",
+        (*_READ, "model.add_tokens=<|a|>"), mended=_READ,
+    ),
+    BadInput(
+        "template that adds tokens to it",
+        "model.add_tokens", "<|im_start|>,<|im_end|>", "needs the tokenizer's tokenizer.json at hand",
+        "none in model.pretrained=org/none on this machine", "no tokens that are added",
+        (*_READ, "model.chat_template=chatml"), mended=(*_READ, "model.chat_template=turns"),
+    ),
+    BadInput(
+        "damaged tokenizer.json",
+        "model.tokenizer", "{tmp}", "must hold a tokenizer.json as usual", "KeyError 'model'",
+        "an intact copy",
+        ("model.tokenizer={tmp}", "model.add_tokens=<|a|>"), files={"tokenizer.json": "{}"},
+    ),
+    BadInput(
+        "unknown chat template",
+        "model.chat_template", "chatlm", "is not a known chat template",
+        "known: FILE.jinja, chatml, own, turns", "'chatml' (did you mean it?)",
+        ("model.chat_template=chatlm",), mended=("model.chat_template=chatml",),
+    ),
+    BadInput(
+        "template that is not there",
+        "model.chat_template", "{tmp}/none.jinja", "must be a file that can be read", "No such file",
+        "the path of a .jinja file, or chatml, turns",
+        ("model.chat_template={tmp}/none.jinja",), mended=("model.chat_template=turns",),
+    ),
+    BadInput(
+        "empty template",
+        "model.chat_template", "{tmp}/empty.jinja", "must say something", "the file is empty",
+        "chatml, turns",
+        ("model.chat_template={tmp}/empty.jinja",), files={"empty.jinja": " \n"},
+    ),
+    BadInput(
+        "vocabulary with no room for a tokenizer and the tokens",
+        "model.config.vocab_size", 260, "is too small for a byte-level tokenizer", "256 bytes and 5 special",
+        "261 or more",
+        ("model.config.vocab_size=260", "model.chat_template=chatml"),
+        mended=("model.config.vocab_size=261", "model.chat_template=chatml"),
+    ),
+]  # fmt: skip
+
 # Adapters.
 LORA = [
     BadInput(

@@ -13,7 +13,7 @@ from tptrain.config.schema import DataSection, ModelSection
 from tptrain.data import sources
 from tptrain.data.dataset import tokenize_records
 from tptrain.data.sources import load_records
-from tptrain.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
+from tptrain.data.tokenizer import check_tokenizer, load_tokenizer, make_tokenizer, train_tokenizer
 from tptrain.errors import raise_if_any
 
 RECORDS = [{"question": "What is 48/2?", "answer": "#### 24"}] * 3
@@ -74,6 +74,12 @@ def tokenizer_without_eos(_: Path) -> None:
     tokenizer = byte_level_without_bos(TEXTS)
     tokenizer.eos_token = None
     raise_if_any(check_tokenizer(tokenizer, 1000))
+
+
+def broken_template(folder: Path) -> None:
+    (folder / "chat.jinja").write_text("{% for m in messages %}\n{{ m.content }\n{% endfor %}")
+    section = ModelSection(tokenizer="train", chat_template=str(folder / "chat.jinja"))
+    make_tokenizer(section, TEXTS, 300)
 
 
 def without_chat_template(_: Path) -> None:
@@ -199,7 +205,7 @@ BAD_INPUTS: list[BadInput] = [
     BadInput(
         "conversations without a chat template", without_chat_template,
         "data.preset", "chat", "needs a tokenizer with a chat template", "the tokenizer 'train' has none",
-        "prompt_completion, or model.tokenizer=FOLDER",
+        "prompt_completion, model.chat_template=chatml",
     ),
     BadInput(
         "conversations given to another preset",
@@ -241,6 +247,11 @@ BAD_INPUTS: list[BadInput] = [
         lambda _: raise_if_any(check_tokenizer(train_tokenizer(TEXTS, 270), 264)),
         "model.tokenizer", "train", "must have no id beyond the model's vocabulary", "vocab_size=264",
         "model.config.vocab_size=270",
+    ),
+    BadInput(
+        "chat template that does not compile", broken_template,
+        "model.chat_template", "chat.jinja", "must be a Jinja template", "line 2: unexpected '}'",
+        "a template that compiles",
     ),
     BadInput(
         "tokenizer without end", tokenizer_without_eos,

@@ -192,6 +192,34 @@ def test_each_source_has_its_own_findings(file: Path, capsys: pytest.CaptureFixt
     assert "data.sources.few.prompt_column=questoin" in capsys.readouterr().err
 
 
+TURNS = {
+    "chatml": "<|bos|><|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n",
+    "turns": "<|bos|>User: {question}\nAssistant: {answer}<|eos|>\n",
+}
+
+
+@pytest.mark.parametrize("template", TURNS)
+def test_a_chosen_template_on_a_base_tokenizer(
+    template: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What counts is the answer and the token that ends the turn, and nothing of the new line behind it."""
+    base, path = tmp_path / "base", tmp_path / "good.jsonl"
+    tokenizer.save_pretrained(base)
+    (base / "chat_template.jinja").unlink()
+    path.write_text("".join(json.dumps(record) + "\n" for record in GOOD), encoding="utf-8")
+    form = ("data.preset=gsm8k", "data.as_chat=true", "data.seq_len=300", f"model.tokenizer={base}")
+    assert command(path, "--json", *form, f"model.chat_template={template}") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["counts"]["kept"] == 120 == found["served"]["same_prompt"]
+    end = TURNS[template].rpartition("{answer}")[2].strip()
+    for example, record in zip(found["examples"], GOOD, strict=False):
+        tokens = example["tokens"]
+        assert "".join(token["text"] for token in tokens) == TURNS[template].format(**record)
+        counted = "".join(token["text"] for token in tokens if token["counted"])
+        assert counted.removeprefix(" ") == record["answer"] + end
+    assert end in found["served"]["stops"] and not found["served"]["unstopped"]
+
+
 def test_what_a_run_would_refuse_is_shown_and_refused(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(file, "data.max_unlabelled=0") == 2
     told = capsys.readouterr()

@@ -13,7 +13,8 @@ from tptrain.train.saving import run_item
 
 DIGEST = "0123"
 REFUSED = {
-    *("model.tokenizer", "model.trainable", "optim.name", "optim.momentum"),
+    *("model.add_tokens", "model.chat_template", "model.tokenizer", "model.trainable"),
+    *("optim.name", "optim.momentum"),
     *("lora.rank", "lora.alpha", "lora.targets"),
     *("precision.compute", "precision.master", "seed"),
 }

@@ -95,3 +95,43 @@ def test_assets_are_not_written_over(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "assets").mkdir()
     with pytest.raises(ProblemsError, match="must not exist yet"):
         collect_assets(tmp_path / "assets", read_config(checkpoint), small_tokenizer())
+
+
+def test_a_template_replaces_all_others_and_tokens_join_the_files(checkpoint: Path, tmp_path: Path) -> None:
+    """As transformers reads them: no older place of a template wins, no file but the changed ones is new."""
+    (checkpoint / "chat_template.json").write_text('{"chat_template": "old"}')
+    config = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    listed = {"content": "<turn_end>", "special": True, "lstrip": False, "rstrip": False}
+    decoder = {str(small_tokenizer().get_vocab()["<turn_end>"]): {**listed, "single_word": False}}
+    kept = {**config, "chat_template": "older", "added_tokens_decoder": decoder}
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(kept))
+    size = len(small_tokenizer())
+    added = {"<b>": size + 1, "<turn_end>": int(next(iter(decoder))), "<a>": size}
+    text = "{{ messages[0]['content'] }}<a>\n"
+    out = collect_assets(
+        tmp_path / "assets",
+        read_config(checkpoint),
+        small_tokenizer(),
+        checkpoint,
+        checkpoint,
+        added=added,
+        chat_template=text,
+    )
+    loaded = AutoTokenizer.from_pretrained(out)
+    assert loaded.chat_template == text
+    assert {token: loaded.get_vocab()[token] for token in added} == added
+    assert loaded("hello<a><b>")["input_ids"][-2:] == [size, size + 1]
+    assert loaded.decode([size, size + 1], skip_special_tokens=True) == ""
+    written = json.loads((out / "tokenizer_config.json").read_text())
+    assert set(written["added_tokens_decoder"]) == {*decoder, str(size), str(size + 1)}
+    assert {**written, "added_tokens_decoder": 0} == {**config, "added_tokens_decoder": 0}
+    assert not (out / "chat_template.json").exists() and not (out / "additional_chat_templates").exists()
+
+
+def test_tokens_that_are_there_leave_the_bytes_alone(checkpoint: Path, tmp_path: Path) -> None:
+    ids = {"<turn_end>": small_tokenizer().get_vocab()["<turn_end>"]}
+    out = collect_assets(
+        tmp_path / "assets", read_config(checkpoint), small_tokenizer(), checkpoint, checkpoint, added=ids
+    )
+    for name in tokenizer_files(checkpoint):
+        assert (out / name).read_bytes() == (checkpoint / name).read_bytes()

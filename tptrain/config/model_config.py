@@ -26,10 +26,14 @@ _OLD_SPELLINGS = ("rope_scaling", "rope_local_base_freq")
 
 @dataclass(frozen=True)
 class ConfigsAtHand:
-    """The config.json files that could be read: the checkpoint's, and the one that `model.config` names."""
+    """The config.json files that could be read: the checkpoint's, and the one that `model.config` names.
+
+    num_ids: how many ids the tokenizer comes to with the tokens that the recipe adds; 0 where it adds none.
+    """
 
     checkpoint: Config | None = None
     file: Config | None = None
+    num_ids: int = 0
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class ChosenConfig:
     """The config that describes the model and the facts in it; both None when there are problems.
 
     read: what the family found in the config; None for an unknown family.
+    new_rows: of the vocabulary, beyond those of the checkpoint.
     """
 
     config: Config | None
@@ -44,10 +49,35 @@ class ChosenConfig:
     problems: tuple[Problem, ...] = ()
     notices: tuple[str, ...] = ()
     read: ReadConfig | None = None
+    new_rows: int = 0
 
 
 def choose_config(model: ModelSection, at_hand: ConfigsAtHand) -> ChosenConfig:
-    """The config that describes the model: the recipe's own, compared with the checkpoint's when at hand."""
+    """The config that describes the model: the recipe's own, compared with the checkpoint's when at hand.
+
+    Its vocabulary has room for the tokens that the recipe adds.
+    """
+    return _with_room(_described(model, at_hand), model, at_hand.num_ids)
+
+
+def _with_room(chosen: ChosenConfig, model: ModelSection, num_ids: int) -> ChosenConfig:
+    """The config with as many rows as there are ids, where it has fewer."""
+    if chosen.facts is None or chosen.config is None or num_ids <= chosen.facts.vocab_size:
+        return chosen
+    held = chosen.facts.vocab_size
+    has_weights = model.pretrained is not None
+    begin = "the new rows begin as the mean of the others" if has_weights else "all begin at random"
+    notice = f"The vocabulary grows from {held:,} to {num_ids:,} rows for the added tokens; {begin}."
+    return dataclasses.replace(
+        chosen,
+        config={**chosen.config, "vocab_size": num_ids},
+        facts=dataclasses.replace(chosen.facts, vocab_size=num_ids),
+        notices=(*chosen.notices, notice),
+        new_rows=num_ids - held if has_weights else 0,
+    )
+
+
+def _described(model: ModelSection, at_hand: ConfigsAtHand) -> ChosenConfig:
     if model.config == "pretrained":
         if at_hand.checkpoint is None:
             return ChosenConfig(None, None, (_no_config(model),))

@@ -32,6 +32,7 @@ class Plan:
     experts:     how the products of experts are computed, None for a model without experts.
     micro_rows:  rows per micro-batch over all devices: batch_rows / accumulation.
     output_dir:  the run's folder. export_dir: the exported model's, None when nothing is exported.
+    new_rows:    of the vocabulary, beyond the checkpoint's: they begin as the mean of its rows.
     notices:     sentences about settings that work out in a way the user may want to know.
     """
 
@@ -48,6 +49,7 @@ class Plan:
     micro_rows: int
     output_dir: str
     export_dir: str | None
+    new_rows: int = 0
     notices: tuple[str, ...] = ()
 
     @property

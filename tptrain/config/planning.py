@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
+from tptrain.config.added_tokens import find_num_ids
 from tptrain.config.checkpoint_config import find_checkpoint_config, read_config_file
 from tptrain.config.local import local_topology
 from tptrain.config.model_config import ConfigsAtHand
@@ -27,7 +28,10 @@ def plan_recipe(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> Plan
     topology = _collect(problems, lambda: find_topology(recipe, environ))
     checkpoint = _collect(problems, lambda: (find_checkpoint_config(recipe, environ),))
     file = _collect(problems, lambda: (read_config_file(recipe),))
-    at_hand = ConfigsAtHand(checkpoint[0], file[0]) if checkpoint and file else None
+    num_ids = _collect(problems, lambda: (find_num_ids(recipe, environ),))
+    at_hand = None
+    if checkpoint and file and num_ids:
+        at_hand = ConfigsAtHand(checkpoint[0], file[0], num_ids[0])
     parts = parts_of(recipe, topology, at_hand)
     raise_if_any([*problems, *parts.problems])
     return finish(parts)

@@ -46,8 +46,8 @@ def recipe_problems(recipe: Recipe) -> list[Problem]:
     ]
 
 
-def facts_problems(recipe: Recipe, facts: ModelFacts) -> list[Problem]:
-    """Settings that ask for more than the model has."""
+def facts_problems(recipe: Recipe, facts: ModelFacts, num_added: int = 0) -> list[Problem]:
+    """Settings that ask for more than the model has. num_added: tokens that a trained tokenizer gets."""
     problems = []
     longest, seq_len = facts.max_position_embeddings, recipe.data.seq_len
     other = f"max_position_embeddings={longest}"
@@ -58,10 +58,12 @@ def facts_problems(recipe: Recipe, facts: ModelFacts) -> list[Problem]:
     if recipe.eval.problems and new_tokens >= longest:
         rule, fix = "must leave room for the prompt in the model's positions", f"{longest - 1} or less"
         problems.append(Problem("eval.max_new_tokens", new_tokens, rule, other, fix))
-    if recipe.model.tokenizer == "train" and facts.vocab_size < SMALLEST_TRAINED_VOCAB:
+    # The names of the three special tokens are not told apart here: adding one of them asks for a spare id.
+    smallest = SMALLEST_TRAINED_VOCAB + num_added
+    if recipe.model.tokenizer == "train" and facts.vocab_size < smallest:
         rule = "is too small for a byte-level tokenizer trained on the records"
-        other = f"256 bytes and {SMALLEST_TRAINED_VOCAB - 256} special tokens"
-        fix = f"{SMALLEST_TRAINED_VOCAB} or more"
+        other = f"256 bytes and {smallest - 256} special tokens"
+        fix = f"{smallest} or more"
         problems.append(Problem("model.config.vocab_size", facts.vocab_size, rule, other, fix))
     return problems
 
@@ -81,6 +83,11 @@ def _name_problems(recipe: Recipe) -> list[Problem]:
 
 def _tokenizer_problems(recipe: Recipe) -> list[Problem]:
     model = recipe.model
+    repeated = next((t for t in model.add_tokens if not t.strip() or model.add_tokens.count(t) > 1), None)
+    if repeated is not None:
+        rule, other = "must name each token once, and none that is blank", f"{repeated!r} among them"
+        fix = ",".join(dict.fromkeys(t for t in model.add_tokens if t.strip())) or "no add_tokens"
+        return [Problem("model.add_tokens", ",".join(model.add_tokens), rule, other, fix)]
     if model.tokenizer == "pretrained" and model.pretrained is None:
         rule = "needs a checkpoint to take the tokenizer from"
         fix = "train, or a tokenizer's folder or hub id"

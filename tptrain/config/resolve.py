@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tptrain.config.chat_templates import asked_tokens
 from tptrain.config.kernels import ChosenAttention, ChosenExperts, choose_attention, choose_experts
 from tptrain.config.loss_chunks import chunk_notices, chunk_problems
 from tptrain.config.mesh_checks import (
@@ -24,6 +25,7 @@ from tptrain.config.recipe_checks import facts_problems, idle_notices, recipe_pr
 from tptrain.config.remat import offload_notices
 from tptrain.config.schema import Recipe
 from tptrain.config.trainable import (
+    frozen_row_problems,
     lora_problems,
     run_notices,
     table_of,
@@ -41,15 +43,17 @@ def resolve(
     topology: Topology,
     hf_config: Mapping[str, Any] | None,
     file_config: Mapping[str, Any] | None = None,
+    num_ids: int = 0,
 ) -> Plan:
     """The plan of a recipe on a topology. No device, file or network is looked at.
 
     hf_config:   the config.json found in the checkpoint at hand, None when there is none.
     file_config: the one that `model.config` names, when it is a path.
+    num_ids:     of the tokenizer with the tokens that the recipe adds; 0: the config has room for them.
 
     Raises ProblemsError with every problem there is.
     """
-    return finish(parts_of(recipe, topology, ConfigsAtHand(hf_config, file_config)))
+    return finish(parts_of(recipe, topology, ConfigsAtHand(hf_config, file_config, num_ids)))
 
 
 @dataclass(frozen=True)
@@ -85,10 +89,13 @@ def parts_of(recipe: Recipe, topology: Topology | None, at_hand: ConfigsAtHand |
     if facts and topology:
         experts = choose_experts(recipe, topology, facts)
         problems += experts.problems
-    if facts:
-        problems += facts_problems(recipe, facts)
+    if model and facts:
+        makes_tokenizer = recipe.model.tokenizer == "train"
+        num_added = len(asked_tokens(recipe.model)) if makes_tokenizer else 0
+        problems += facts_problems(recipe, facts, num_added)
         problems += trainable_problems(recipe, parameter_table(facts))
         problems += lora_problems(recipe, parameter_table(facts))
+        problems += frozen_row_problems(recipe, facts, model.new_rows)
     if topology and mesh and rules:
         if facts:
             case = ShardingCase(recipe.mesh, facts, rules, mesh.shape, topology.devices_per_slice)
@@ -135,6 +142,7 @@ def finish(parts: Parts) -> Plan:
         micro_rows=recipe.data.batch_rows // recipe.optim.accumulation,
         output_dir=recipe.run_folder,
         export_dir=_export_dir(recipe),
+        new_rows=model.new_rows,
         notices=(
             *model.notices,
             *attention.notices,

@@ -29,6 +29,12 @@ class ModelSection:
     tokenizer: str = "pretrained"
     """Folder or hub id of a tokenizer; "pretrained" for the checkpoint's own, "train" for a byte-level BPE
     made from the training records."""
+    add_tokens: tuple[str, ...] = ()
+    """Special tokens that the tokenizer gets where it lacks them. If the model has too few rows for their
+    ids, its vocabulary grows; new rows begin as the mean of the checkpoint's."""
+    chat_template: str = "own"
+    """own: the tokenizer's; chatml: ChatML, with its tokens <|im_start|> and <|im_end|>; turns: "User: " and
+    "Assistant: ", with no new tokens; or the path of a .jinja file. It is exported with the tokenizer."""
     trainable: tuple[str, ...] = ("*",)
     """Patterns of the names of the weights that are trained, such as model.layers.*.self_attn.* or
     model.layers.3?.*; the others are frozen: held, saved and computed from in bfloat16, without gradients and

@@ -96,6 +96,25 @@ def lora_problems(recipe: Recipe, table: Sequence[ParamRow]) -> list[Problem]:
     return problems
 
 
+def frozen_row_problems(recipe: Recipe, facts: ModelFacts, new_rows: int) -> list[Problem]:
+    """Rows that the vocabulary has grown by and nothing would train: the new tokens would stay one and the
+    same."""
+    if not new_rows:
+        return []
+    rule = "must leave the embedding to be trained where tokens are added that the checkpoint has no rows for"
+    held = facts.vocab_size - new_rows
+    other = f"{held} rows, {facts.vocab_size} ids with the added tokens"
+    fix = "tokens that the checkpoint has rows for"
+    if recipe.lora.rank:
+        return [Problem("lora.rank", recipe.lora.rank, rule, other, f"0, or {fix}")]
+    patterns = recipe.model.trainable
+    rows = [row.name for row in stored_rows(parameter_table(facts)) if "vocab" in row.dims]
+    if all(is_trained(name, patterns) for name in rows):
+        return []
+    fix = f"{','.join(dict.fromkeys((*patterns, *rows)))}, or {fix}"
+    return [Problem(_SETTING, ",".join(patterns), rule, other, fix)]
+
+
 def _no_target(target: str, rows: Sequence[ParamRow], table: Sequence[ParamRow]) -> Problem:
     """rows: those that may be targets."""
     modules = sorted({module_of(row).rpartition(".")[2] for row in rows})

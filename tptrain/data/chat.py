@@ -84,7 +84,7 @@ def chat_problems(tokenizer: PreTrainedTokenizerFast) -> list[Problem]:
         return []
     name = tokenizer.name_or_path or "train"
     rule, other = "needs a tokenizer with a chat template", f"the tokenizer {name!r} has none"
-    fix = "prompt_completion, or model.tokenizer=FOLDER of an instruction-tuned model"
+    fix = "prompt_completion, model.chat_template=chatml, or the tokenizer of an instruction-tuned model"
     return [Problem("data.preset", "chat", rule, other, fix)]
 
 

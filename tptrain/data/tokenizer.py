@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from jinja2 import TemplateSyntaxError
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from tptrain.config.chat_templates import asked_tokens, chosen_template
 from tptrain.config.recipe_checks import SMALLEST_TRAINED_VOCAB
 from tptrain.config.schema import ModelSection
 from tptrain.errors import Problem, refuse
@@ -27,8 +30,9 @@ CHAT_TEMPLATE = (
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerFast:
     """The tokenizer that `model.tokenizer` names: a folder, a hub id, or the checkpoint's own.
 
-    Raises ProblemsError when it cannot be found or read, or cannot map tokens to characters ("train" is not
-    loaded but made, by `train_tokenizer`).
+    It has the tokens and the chat template that the section adds to it. Raises ProblemsError when it cannot
+    be found or read, or cannot map tokens to characters ("train" is not loaded but made, by
+    `make_tokenizer`).
     """
     from transformers import AutoTokenizer  # imports torch, which making a tokenizer does without
 
@@ -52,7 +56,36 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerFast:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         rule = "must be a fast tokenizer, which knows the characters of each token"
         raise refuse(setting, source, rule, f"it loads as {type(tokenizer).__name__}", fix)
+    return _completed(tokenizer, section)
+
+
+def make_tokenizer(section: ModelSection, texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """The tokenizer of a new model, trained on texts, with what the section adds; all within `vocab_size`."""
+    made = train_tokenizer(texts, vocab_size - len(asked_tokens(section)))
+    return _completed(made, section)
+
+
+def _completed(tokenizer: PreTrainedTokenizerFast, section: ModelSection) -> PreTrainedTokenizerFast:
+    """The tokenizer with the tokens it lacks and the chat template that the section chooses."""
+    known = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    # Cut out of a text before all else, as they are written; a piece of the vocabulary keeps its id.
+    lacking = [token for token in asked_tokens(section) if token not in known]
+    tokenizer.add_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in lacking], special_tokens=True
+    )
+    template = chosen_template(section)
+    if template is not None:
+        _check_template(template.text, section.chat_template)
+        tokenizer.chat_template = template.text
     return tokenizer
+
+
+def _check_template(text: str, chosen: str) -> None:
+    try:
+        _compile_jinja_template(text)  # with the blocks and functions that transformers gives templates
+    except TemplateSyntaxError as error:
+        rule, other = "must be a Jinja template", f"line {error.lineno}: {error.message}"
+        raise refuse("model.chat_template", chosen, rule, other, "a template that compiles") from error
 
 
 def _tokenizer_folder(source: str) -> str | Path:

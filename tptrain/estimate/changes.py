@@ -98,8 +98,11 @@ def plan_with(plan: Plan, change: Change) -> Plan | None:
     recipe = apply_overrides(plan.recipe, [f"{path}={value}" for path, value in change.items()])
     topology = parse_topology(recipe.topology) if "topology" in change else plan.topology
     is_read = recipe.model.config == "pretrained"
+    rows = plan.facts.vocab_size
+    # As the files have it, so that the vocabulary grows again, and what may not be frozen then is known.
+    found = {**plan.hf_config, "vocab_size": rows - plan.new_rows}
     try:
-        return resolve(recipe, topology, plan.hf_config if is_read else None, plan.hf_config)
+        return resolve(recipe, topology, found if is_read else None, found, num_ids=rows)
     except ProblemsError:
         return None
 

@@ -16,7 +16,7 @@ from tptrain.config.overrides import apply_overrides
 from tptrain.config.planning import plan_recipe
 from tptrain.config.schema import Recipe
 from tptrain.data.recipe_sources import Source, open_sources, texts_of_sources
-from tptrain.data.tokenizer import load_tokenizer, train_tokenizer
+from tptrain.data.tokenizer import load_tokenizer, make_tokenizer
 from tptrain.errors import Problem, refuse
 from tptrain.inspection.findings import Findings, inspect_records
 from tptrain.inspection.pages import html_page, print_findings
@@ -70,7 +70,7 @@ def inspect(recipe: Recipe, overrides: Sequence[str], options: InspectOptions) -
 def _tokenizer(recipe: Recipe, sources: Sequence[Source]) -> PreTrainedTokenizerFast:
     if recipe.model.tokenizer != "train":
         return load_tokenizer(recipe.model)
-    return train_tokenizer(texts_of_sources(sources), plan_recipe(recipe).facts.vocab_size)
+    return make_tokenizer(recipe.model, texts_of_sources(sources), plan_recipe(recipe).facts.vocab_size)
 
 
 def _show(source: Source, found: Findings, recipe: Recipe, options: InspectOptions) -> None:

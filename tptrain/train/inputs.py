@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -12,18 +13,24 @@ from transformers import PreTrainedTokenizerFast
 
 from tptrain.backends.base import TensorSource
 from tptrain.ckpt.base_model import BaseModel, base_model
+from tptrain.ckpt.reading import StepReader, check_tree
 from tptrain.ckpt.steps import is_step_folder
+from tptrain.config.chat_templates import asked_tokens, chosen_template
 from tptrain.config.mixing import problems_of_source
 from tptrain.config.plan import Plan
+from tptrain.config.schema import ModelSection
+from tptrain.config.state_parts import PARAMS
 from tptrain.data.batches import Batches
 from tptrain.data.dataset import TokenizedDataset
 from tptrain.data.recipe_sources import Source, open_sources, texts_of_sources
 from tptrain.data.sources import Records, open_records
-from tptrain.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
+from tptrain.data.tokenizer import check_tokenizer, load_tokenizer, make_tokenizer
 from tptrain.errors import ProblemsError, raise_if_any
+from tptrain.family import ParamRow, stored_rows
 from tptrain.family.lora import model_rows
 from tptrain.jaxside.random_init import RandomSource
 from tptrain.train.folder import RunFolder, resumes
+from tptrain.train.grown_vocab import GrownVocab
 from tptrain.weights import (
     CONFIG_FILES,
     TOKENIZER_FILES,
@@ -108,10 +115,11 @@ def _tokenizer(plan: Plan, folder: RunFolder, sources: Sequence[Source]) -> PreT
     if resumes(plan, folder):
         if model.tokenizer == "train":
             return PreTrainedTokenizerFast.from_pretrained(str(folder.assets))
-        return load_tokenizer(replace(model, tokenizer=str(folder.assets)))
+        # It has what the recipe adds: a template's file may have changed since.
+        return load_tokenizer(ModelSection(tokenizer=str(folder.assets)))
     if model.tokenizer != "train":
         return load_tokenizer(model)
-    return train_tokenizer(texts_of_sources(sources), plan.facts.vocab_size)
+    return make_tokenizer(model, texts_of_sources(sources), plan.facts.vocab_size)
 
 
 def weight_source(plan: Plan) -> TensorSource | Path:
@@ -123,7 +131,21 @@ def weight_source(plan: Plan) -> TensorSource | Path:
     if pretrained is None:
         return RandomSource(plan.recipe.seed, plan.facts.initializer_range)
     path = Path(pretrained).expanduser()
-    return path if is_step_folder(path) else SafetensorsSource(pretrained, model_rows(plan.table))
+    if not plan.new_rows:
+        return path if is_step_folder(path) else SafetensorsSource(pretrained, model_rows(plan.table))
+    return GrownVocab(partial(_held_source, plan, pretrained), plan.table, plan.new_rows)
+
+
+def _held_source(plan: Plan, pretrained: str, table: Sequence[ParamRow]) -> TensorSource:
+    """A checkpoint with fewer rows than the model. table: what it holds."""
+    path = Path(pretrained).expanduser()
+    if not is_step_folder(path):
+        return SafetensorsSource(pretrained, table)
+    setting = "model.pretrained"
+    raise_if_any(
+        check_tree(path / PARAMS, {row.name: row for row in stored_rows(table)}, setting, any_float=True)
+    )
+    return StepReader(path, setting, plan.recipe.unverified)
 
 
 def write_assets(
@@ -145,7 +167,16 @@ def write_assets(
     elif model.tokenizer != "train":
         tokenizer_folder = local_folder(model.tokenizer, "model.tokenizer", TOKENIZER_FILES)
     source = (tokenizer_folder, checkpoint_folder)
-    collect_assets(folder.assets, plan.hf_config, tokenizer, *source, stops=stop_ids)
+    template, ids = chosen_template(model), tokenizer.get_vocab()
+    collect_assets(
+        folder.assets,
+        plan.hf_config,
+        tokenizer,
+        *source,
+        stops=stop_ids,
+        added={token: ids[token] for token in asked_tokens(model)},
+        chat_template=template.text if template else None,
+    )
 
 
 def _assets_of(source: str, setting: str, patterns: tuple[str, ...]) -> Path:

@@ -14,6 +14,7 @@ from rich.console import Console
 from tptrain.backends.base import Backend, Tensors
 from tptrain.backends.make import make_backend, prepare_process
 from tptrain.ckpt.checkpointer import Checkpointer
+from tptrain.config.added_tokens import tokenizer_is_on_the_hub_only, tokenizer_source
 from tptrain.config.checkpoint_config import config_is_on_the_hub_only
 from tptrain.config.plan import Plan
 from tptrain.config.planning import plan_recipe
@@ -39,7 +40,7 @@ from tptrain.train.scoring import Scores, Scoring
 from tptrain.train.start import NEW_RUN, Start, finished_step, fresh_start, length_problems, resumed_start
 from tptrain.train.state import part_of
 from tptrain.train.summary import print_start, print_summary
-from tptrain.weights import CONFIG_FILES, local_folder
+from tptrain.weights import CONFIG_FILES, TOKENIZER_FILES, local_folder
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,13 @@ def train(plan: Plan, console: Console | None = None, preemption: Preemption | N
 def train_recipe(
     recipe: Recipe, console: Console | None = None, preemption: Preemption | None = None
 ) -> RunResult:
-    """Plan a recipe and run it. A config that only the hub has is fetched first, so that it is compared."""
+    """Plan a recipe and run it. What the plan reads and only the hub has is fetched first."""
     pretrained = recipe.model.pretrained
     if pretrained is not None and config_is_on_the_hub_only(recipe):
         local_folder(pretrained, "model.pretrained", CONFIG_FILES)
+    setting, tokenizer = tokenizer_source(recipe.model)
+    if tokenizer is not None and tokenizer_is_on_the_hub_only(recipe):
+        local_folder(tokenizer, setting, TOKENIZER_FILES)
     return train(plan_recipe(recipe), console, preemption)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from tptrain.hf_files import (
@@ -23,6 +24,7 @@ from tptrain.weights.hf_json import (
     write_json,
 )
 from tptrain.weights.staging import staged_folder, writing
+from tptrain.weights.tokenizer_files import add_tokens, set_chat_template
 
 
 class Tokenizer(HasTokenIds, Protocol):
@@ -39,6 +41,8 @@ def collect_assets(
     checkpoint_folder: Path | None = None,
     dtype: str = "float32",
     stops: Iterable[int] = (),
+    added: Mapping[str, int] = MappingProxyType({}),
+    chat_template: str | None = None,
 ) -> Path:
     """Make the folder `out` with config.json, generation_config.json and the tokenizer; returns its path.
 
@@ -48,6 +52,8 @@ def collect_assets(
     checkpoint_folder: where the weights come from: its generation_config.json is kept. Its special token ids
                        count only when the tokenizer comes from the same folder.
     dtype:             what config.json says of the weights. stops: further ids that end an answer.
+    added:             special tokens and their ids, which the copied files get where they lack them.
+    chat_template:     in the place of those in the copied files; None: they keep theirs.
 
     The folder is complete or absent. Raises ProblemsError if `out` exists or cannot be written, or if
     `tokenizer_folder` holds no tokenizer.
@@ -68,6 +74,9 @@ def collect_assets(
             _save_tokenizer(tokenizer, partial)
         else:
             copy_tokenizer(tokenizer_folder, partial)
+            add_tokens(partial, added)
+            if chat_template is not None:
+                set_chat_template(partial, chat_template)
     return out
 
 
