@@ -74,4 +74,4 @@ def chosen_template(model: ModelSection) -> ChatTemplate | None:
 def asked_tokens(model: ModelSection) -> tuple[str, ...]:
     """The tokens that the tokenizer must have: those of the recipe, then those of its template."""
     template = chosen_template(model)
-    return tuple(dict.fromkeys((*model.add_tokens, *(template.tokens if template else ()))))
+    return tuple(dict.fromkeys((*(model.add_tokens or ()), *(template.tokens if template else ()))))

@@ -83,11 +83,12 @@ def _name_problems(recipe: Recipe) -> list[Problem]:
 
 def _tokenizer_problems(recipe: Recipe) -> list[Problem]:
     model = recipe.model
-    repeated = next((t for t in model.add_tokens if not t.strip() or model.add_tokens.count(t) > 1), None)
+    asked = model.add_tokens or ()
+    repeated = next((t for t in asked if not t.strip() or asked.count(t) > 1), None)
     if repeated is not None:
         rule, other = "must name each token once, and none that is blank", f"{repeated!r} among them"
-        fix = ",".join(dict.fromkeys(t for t in model.add_tokens if t.strip())) or "no add_tokens"
-        return [Problem("model.add_tokens", ",".join(model.add_tokens), rule, other, fix)]
+        fix = ",".join(dict.fromkeys(t for t in asked if t.strip())) or "no add_tokens"
+        return [Problem("model.add_tokens", ",".join(asked), rule, other, fix)]
     if model.tokenizer == "pretrained" and model.pretrained is None:
         rule = "needs a checkpoint to take the tokenizer from"
         fix = "train, or a tokenizer's folder or hub id"

@@ -29,7 +29,7 @@ class ModelSection:
     tokenizer: str = "pretrained"
     """Folder or hub id of a tokenizer; "pretrained" for the checkpoint's own, "train" for a byte-level BPE
     made from the training records."""
-    add_tokens: tuple[str, ...] = ()
+    add_tokens: tuple[str, ...] | None = None
     """Special tokens that the tokenizer gets where it lacks them. If the model has too few rows for their
     ids, its vocabulary grows; new rows begin as the mean of the checkpoint's."""
     chat_template: str = "own"
