@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Train a small model on GSM8K, export it, and hold the export in a real vLLM against transformers; the same
-# for adapters trained over it. Then a small model of every family: its export bit for bit, and the tokens that
-# vLLM serves.
+# for adapters trained over it. Then the whole way of a run that learns a few problems by heart: its rows on a page,
+# packed training, scores before and after, an export that requires them, and the same score from vLLM. Last a small
+# model of every family: its export bit for bit, and the tokens that vLLM serves.
 #
 # TPTRAIN_GSM8K names the folder with GSM8K's train.jsonl and test.jsonl. Everything is written to build/vllm,
 # which is emptied first; the environment with vLLM is .venv-vllm, made by make_vllm_env.sh.
@@ -29,7 +30,7 @@ mkdir -p "$work"
 import json
 import sys
 
-from tptrain.data.render import PRESETS
+from tptrain.data.records import PRESETS
 
 test_file, out = sys.argv[1:]
 with open(test_file, encoding="utf-8") as lines:
@@ -52,5 +53,15 @@ PYTHON
     --out "$work/merged.json"
 .venv-vllm/bin/python tests/vllm/check_adapter.py --base "$work/run/export" --adapter "$work/lora/export" \
     --reference "$work/merged.json"
+
+# So small a model solves no problem that it has not seen, so it is asked those that it was trained on.
+data=(data.path="$gsm8k/train.jsonl" data.max_records=16 data.packing=best_fit data.seq_len=512)
+.venv/bin/tptrain data inspect recipes/tiny_gsm8k.py "${data[@]}" --rows 2 --html "$work/rows.html"
+.venv/bin/tptrain train recipes/tiny_gsm8k.py "${data[@]}" data.batch_rows=2 output_dir="$work/learnt" \
+    schedule.max_steps=200 eval.path="$gsm8k/train.jsonl" eval.problems=16 eval.batch_rows=16 \
+    eval.max_new_tokens=200 export.require="exact_match>before,exact_match>=0.5" \
+    precision.compute=float32 export.dtype=float32 save.every_steps=0
+.venv-vllm/bin/python tests/vllm/check_score.py --run "$work/learnt" --problems "$gsm8k/train.jsonl" \
+    --count 16 --max-new-tokens 200
 
 "$python" tools/bench/families.py --vllm .venv-vllm/bin/python --work "$work/families" --only-served
