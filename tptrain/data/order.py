@@ -6,6 +6,7 @@ costs the same whatever i is, and no list of indices is held in memory.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from functools import lru_cache, partial
@@ -77,12 +78,11 @@ def _import_grain() -> Any:
 
     Its remark about the profiling of worker processes, which are not used here, is kept off the terminal.
     """
-    from absl import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         import grain
     finally:
-        logging.set_verbosity(verbosity)
+        logger.setLevel(level)
     return grain
