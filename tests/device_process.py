@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import os
+
 from tptrain.backends.make import quiet_libraries
 from tptrain.topology import parse_topology
+
+
+def compile_quickly() -> None:
+    """Have XLA leave out LLVM's optimizations for CPUs, here and in child processes.
+
+    It comes before a device is opened. Programs of small tensors run for milliseconds: most of a test's time
+    would go into optimizing them.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
 
 
 def open_devices(count: int) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.device_process import open_devices
+from tests.device_process import compile_quickly, open_devices
 
+compile_quickly()
 open_devices(8)
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
-from tests.device_process import open_devices
+from tests.device_process import compile_quickly, open_devices
 
 # The Pallas interpreter turns a kernel into a large program that runs for milliseconds here: most of the time
 # would go into optimizing it.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
-
+compile_quickly()
 open_devices(8)
 
 

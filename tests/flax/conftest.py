@@ -6,8 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.device_process import compile_quickly
 from tptrain.jaxside.process import setup_jax
 
+compile_quickly()
 setup_jax(2)
 
 
