@@ -5,7 +5,7 @@
 It runs in the environment that tools/ci/make_vllm_env.sh builds, without tptrain. RUN holds journal.jsonl and
 export/, in float32; the problems are the first N lines of GSM8K's file, which the run answered after
 training. vLLM gets their texts, generates greedily, and stops where the export's generation_config.json says.
-An answer counts by GSM8K's own rule. The last line is JSON with both scores. Exit status: 0 equal, 1 not, or
+An answer counts by GSM8K's own rule. One line is JSON with both scores. Exit status: 0 equal, 1 not, or
 none is right.
 """
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tptrain.config.chat_templates import asked_tokens
+from tptrain.config.idle_settings import idle_notices
 from tptrain.config.kernels import ChosenAttention, ChosenExperts, choose_attention, choose_experts
 from tptrain.config.loss_chunks import chunk_notices, chunk_problems
 from tptrain.config.mesh_checks import (
@@ -21,7 +22,7 @@ from tptrain.config.mesh_checks import (
 )
 from tptrain.config.model_config import ChosenConfig, ConfigsAtHand, choose_config
 from tptrain.config.plan import Plan
-from tptrain.config.recipe_checks import facts_problems, idle_notices, recipe_problems
+from tptrain.config.recipe_checks import facts_problems, recipe_problems
 from tptrain.config.remat import offload_notices
 from tptrain.config.schema import Recipe
 from tptrain.config.trainable import (

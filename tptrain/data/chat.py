@@ -17,7 +17,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -52,7 +51,6 @@ FIX = "records with a list of role and content, of which the assistant's are non
 
 # As transformers looks for it.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_CHUNK = 512  # conversations tokenised at a time: enough to keep the tokenizer's threads busy
 
 
 @dataclass(frozen=True)
@@ -105,8 +103,7 @@ class ChatRenderer:
         decoder = tokenizer.added_tokens_decoder
         # Once for all: of some tokenizers these are thousands.
         self._added = frozenset(decoder) | frozenset(tokenizer.all_special_ids)
-        # Those that split a text whatever surrounds them. With a token that depends on the next character,
-        # none.
+        # Those that split a text whatever surrounds them; none where a token depends on the next character.
         splitting = (i for i, token in decoder.items() if not token.normalized)
         dependent = any(token.single_word for token in decoder.values())
         self._splitting = {i: decoder[i].content for i in (() if dependent else splitting)}
@@ -115,18 +112,16 @@ class ChatRenderer:
     def render(self, conversations: Iterable[Conversation | str]) -> Iterator[Rendered | str]:
         """Ids, mask and roles of each conversation, or the reason to drop it; reasons are passed through.
 
-        The ids are those of `apply_chat_template(messages, tools=tools)`. Counted are the assistant's turns,
-        each with the token that ends it. With `{% generation %}` in the template these are the tokens of its
-        blocks, as in `return_assistant_tokens_mask`. Otherwise a turn's last token is the last special one
-        that the
-        template puts there: what it writes behind that, such as a new line, a server never generates.
+        All are tokenised in one call. The ids are those of `apply_chat_template(messages, tools=tools)`.
+        Counted are the assistant's turns, each with the token that ends it. With `{% generation %}` in the
+        template these are the tokens of its blocks, as in `return_assistant_tokens_mask`. Otherwise a turn's
+        last token is the last special one that the template puts there: what it writes behind that, such as
+        a new line, a server never generates.
         """
-        remaining = iter(conversations)
-        while chunk := list(islice(remaining, _CHUNK)):
-            written = [each if isinstance(each, str) else self._write(each) for each in chunk]
-            encodings = iter(self._encode([each.text for each in written if isinstance(each, _Written)]))
-            for each in written:
-                yield each if isinstance(each, str) else self._rendered(each, next(encodings))
+        written = [each if isinstance(each, str) else self._write(each) for each in conversations]
+        encodings = iter(self._encode([each.text for each in written if isinstance(each, _Written)]))
+        for each in written:
+            yield each if isinstance(each, str) else self._rendered(each, next(encodings))
 
     def asked(self, conversation: Conversation) -> tuple[str, list[int]]:
         """Text and ids of a conversation that waits for the assistant."""
@@ -270,8 +265,7 @@ class ChatRenderer:
     def _length_by_splits(
         self, text: str, end: int, whole: Encoding, ids: npt.NDArray[np.int32]
     ) -> int | None:
-        """How many of the whole's tokens are those of `text[:end]` tokenised alone; None: not known by
-        this."""
+        """How many of the whole's tokens are those of `text[:end]` tokenised alone; None: unknown."""
         if end == len(text):
             return len(whole)
         token = whole.char_to_token(end)
@@ -300,8 +294,10 @@ class ChatRenderer:
         return known
 
     def _span(self, text: str, turn: _Turn, whole: Encoding) -> tuple[int, int, int] | str:
-        """The tokens of a turn: the first, one behind the last, and the one that ends it; or what forbids
-        it."""
+        """The tokens of a turn: the first, one behind the last, and the one that ends it.
+
+        Or the reason why they cannot be told.
+        """
         before, through = self._encode([text[: turn.begin], text[: turn.stop]])
         begin = len(before)
         end = self._end(through, begin, text)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from tptrain.config.recipe_checks import CONVERSATIONS
 from tptrain.config.schema import DataSection
 from tptrain.data.rendered import EMPTY_COMPLETION, MISSING_COLUMN, NO_ANSWER, NOT_TEXT, ROLES, UNKNOWN_ROLE
 from tptrain.errors import Problem, nearest
@@ -89,7 +90,7 @@ PRESETS = {
     ),
 }
 # The presets whose records are conversations, and the column of their messages.
-CHAT, SHAREGPT = "chat", "sharegpt"
+CHAT, SHAREGPT = CONVERSATIONS
 MESSAGES = {CHAT: "messages", SHAREGPT: "conversations"}
 TOOLS = "tools"
 

@@ -28,8 +28,7 @@ from tptrain.data.rendered import Rendered
 from tptrain.errors import raise_if_any
 
 _CHUNK = 1024  # records given to the tokenizer at a time: enough to keep its threads busy
-
-
+# A conversation has one; of this one only what comes before it is used.
 _SOME_ANSWER = {"role": ASSISTANT, "content": "."}
 
 
@@ -37,9 +36,8 @@ _SOME_ANSWER = {"role": ASSISTANT, "content": "."}
 class Question:
     """What a server would be sent, and what it should answer.
 
-    question: the last thing said, as the record has it. prompt: all of it as the model sees it, `ids` as
-    tokens.
-    answer:   as the record has it.
+    question: the last thing said, as the record has it. answer: as the record has it.
+    prompt:   all that is sent, as the model sees it. ids: the same as tokens.
     """
 
     question: str
@@ -54,7 +52,8 @@ class Renderer:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, section: DataSection, with_roles: bool = False):
         """with_roles: say of each token whose text it is.
 
-        Raises ProblemsError where the records are conversations and the tokenizer has no chat template."""
+        Raises ProblemsError where the records are conversations and the tokenizer has no chat template.
+        """
         self._tokenizer, self._section = tokenizer, section
         self._counts_all = section.loss_on == "all"
         # Pairs have a completion only; for conversations a plan refuses the word.

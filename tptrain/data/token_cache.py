@@ -32,7 +32,6 @@ from tptrain.data.tokenizer import padding_id
 from tptrain.errors import refuse
 
 AUTO_BYTES = 64_000_000  # files above which `auto` keeps an entry
-_CODE = ("records", "rendered", "pairs", "chat", "render", "dataset", "token_cache")
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
 # Settings that decide about the rows, beside which records there are.
 _SETTINGS = (
@@ -90,7 +89,8 @@ def entry_key(records: Records, tokenizer: PreTrainedTokenizerFast, section: Dat
         # A template may write the date.
         "today": time.strftime("%Y-%m-%d") if "strftime_now" in json.dumps(template) else "",
         "settings": {name: getattr(section, name) for name in _SETTINGS},
-        "code": {name: (here / f"{name}.py").read_text(encoding="utf-8") for name in _CODE},
+        # All of the package: a part that is left out would be one whose mending changes nothing.
+        "code": {path.name: path.read_text(encoding="utf-8") for path in sorted(here.glob("*.py"))},
         "libraries": {name: version(name) for name in _LIBRARIES},
     }
     return xxhash.xxh3_128(json.dumps(parts, sort_keys=True).encode()).hexdigest()

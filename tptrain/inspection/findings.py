@@ -84,12 +84,13 @@ class Filling:
 class Served:
     """What a vLLM server sends for the same records, against the rows.
 
-    endpoint:  of the server. compared:  records with a question, COMPARED at most; same_prompt: those whose
-    row begins with the ids that are sent. begins_with, sent_begins_with: the first token of the rows and of
-    what is sent, each with its count.
-    ends_with: the tokens that end what is counted, each with its count. stops: the ids at which a server of
-               the exported model stops.
-    unstopped: counted ends that are none of these.
+    endpoint:    of the server.
+    compared:    records with a question, COMPARED at most.
+    same_prompt: those of them whose row begins with the ids that are sent.
+    begins_with, sent_begins_with: first tokens of the rows, and of what is sent, each with its count.
+    ends_with:   tokens that end what is counted, each with its count.
+    stops:       token -> id at which a server of the exported model stops.
+    unstopped:   rows that end with none of these.
     """
 
     endpoint: str
